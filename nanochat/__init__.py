@@ -1,0 +1,1 @@
+"""nanochat: a small chat model that answers from your own documents."""

@@ -1,0 +1,182 @@
+"""Save, find and load checkpoints: safetensors and JSON, written beside and renamed, marked complete last.
+
+    <base dir>/checkpoints/<source>/<model_tag>/step_000500/
+        model.safetensors       parameters by name
+        optimizer.safetensors   optimizer state by "parameter name/state name", whole tensors: any number of ranks reads it
+        tokenizer.json          the tokenizer the model was trained with
+        meta.json               model config, training config, step, data position, RNG, git revision
+        COMPLETE                written last; a directory without it is ignored
+
+Sources are the stages of training: base, mid, rag.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanochat.common import UserError, get_base_dir
+from nanochat.model.lm import HybridLM, ModelConfig
+from nanochat.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+MARKER = "COMPLETE"
+
+
+def checkpoint_root(source: str, model_tag: str) -> Path:
+    return get_base_dir() / "checkpoints" / source / model_tag
+
+
+def find_model_tag(source: str, model_tag: str = "") -> str:
+    """The given tag, or the most recently written one of this source."""
+    root = get_base_dir() / "checkpoints" / source
+    tags = [d for d in root.iterdir() if list_steps(d)] if root.is_dir() else []
+    if model_tag:
+        if not list_steps(root / model_tag):
+            known = f"; there are: {', '.join(sorted(d.name for d in tags))}" if tags else ""
+            raise UserError(f"no complete checkpoint in {root / model_tag}{known}")
+        return model_tag
+    if not tags:
+        stage = {"base": "scripts.base_train", "mid": "scripts.chat_sft", "rag": "scripts.rag_finetune"}.get(source)
+        hint = f": train one with python -m {stage}" if stage else ""
+        raise UserError(f"no checkpoint of source '{source}' in {root}{hint}")
+    return max(tags, key=lambda d: (d / _step_name(list_steps(d)[-1]) / MARKER).stat().st_mtime).name
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def list_steps(root: Path) -> list[int]:
+    """Steps of the complete checkpoints in root, ascending."""
+    if not root.is_dir():
+        return []
+    return sorted(int(d.name[5:]) for d in root.glob("step_*") if d.name[5:].isdigit() and (d / MARKER).exists())
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    meta: dict,
+    optimizer_state: dict[str, Tensor] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write root/step_XXXXXX whole or not at all, then drop all but the newest `keep` checkpoints."""
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob(".writing-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = root / f".writing-{_step_name(step)}"
+    temporary.mkdir()
+    # a tied weight is one tensor under two names; safetensors wants it once
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, temporary / "model.safetensors")
+    if optimizer_state is not None:
+        save_file({k: v.contiguous() for k, v in optimizer_state.items()}, temporary / "optimizer.safetensors")
+    tokenizer.save(temporary)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "model_config": asdict(model.config),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "git_revision": git_revision(),
+        **meta,
+    }
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    for file in temporary.iterdir():
+        _fsync(file)
+    (temporary / MARKER).touch()
+    _fsync(temporary / MARKER)
+    _fsync(temporary)
+    final = root / _step_name(step)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _fsync(root)
+    for old in list_steps(root)[:-keep]:
+        shutil.rmtree(root / _step_name(old))
+    return final
+
+
+def git_revision() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def load_checkpoint(root: Path, step: int | None = None, device: torch.device | str = "cpu"):
+    """(model, tokenizer, meta, optimizer state or None) of root's newest complete checkpoint, or of `step`."""
+    steps = list_steps(root)
+    if not steps:
+        raise UserError(f"no complete checkpoint in {root}")
+    if step is not None and step not in steps:
+        raise UserError(f"no complete checkpoint of step {step} in {root}; there are {steps}")
+    directory = root / _step_name(steps[-1] if step is None else step)
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{directory}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}")
+        config = ModelConfig(**meta["model_config"])
+        tensors = load_file(directory / "model.safetensors", device=str(device))
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as e:
+        raise UserError(f"{directory} is damaged ({e}): delete it to fall back to the one before") from e
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
+        raise UserError(
+            f"{directory}: tokenizer.json is not the one this model was trained with; put the original back"
+        )
+    with torch.device("meta"):
+        model = HybridLM(config)
+    if config.tie_embeddings:
+        tensors["lm_head.weight"] = tensors["embed.weight"]
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as e:
+        raise UserError(f"{directory}/model.safetensors does not match its config: {str(e).splitlines()[-1]}") from e
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
+    optimizer_file = directory / "optimizer.safetensors"
+    optimizer_state = load_file(optimizer_file, device=str(device)) if optimizer_file.exists() else None
+    return model, tokenizer, meta, optimizer_state
+
+
+def load_model(
+    source: str,
+    device: torch.device | str = "cpu",
+    phase: str = "eval",
+    model_tag: str = "",
+    step: int | None = None,
+) -> tuple[HybridLM, Tokenizer, dict]:
+    """The newest complete checkpoint of a source ("base", "mid", "rag"), ready to use.
+
+    phase "eval" or "train" sets the module's mode. Without model_tag, the tag written last.
+    """
+    root = checkpoint_root(source, find_model_tag(source, model_tag))
+    model, tokenizer, meta, _ = load_checkpoint(root, step, device)
+    model.requires_grad_(True)
+    model.train(phase == "train")
+    return model, tokenizer, meta

@@ -1,0 +1,157 @@
+"""What every part of the project needs: clear errors, the base directory, devices and ranks, atomic files.
+
+torch is imported inside the functions that use it, so that `nanochat.retrieval` can share this file and still run,
+and start quickly, on a machine that has no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130."""
+    try:
+        main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def print0(*args: Any, **kwargs: Any) -> None:
+    """print, on the main process only, flushed so that a log file can be followed."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*args, **{"flush": True, **kwargs})
+
+
+def get_base_dir() -> Path:
+    """Where tokenizers, checkpoints and caches live: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent."""
+    configured = os.environ.get("NANOCHAT_BASE_DIR")
+    base_dir = Path(configured).expanduser() if configured else Path.home() / ".cache" / "nanochat"
+    try:
+        base_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the base directory {base_dir} ({error.strerror}); set NANOCHAT_BASE_DIR to another one"
+        ) from error
+    return base_dir
+
+
+@dataclass
+class Compute:
+    """The device this process computes on, and its place among the processes of the run."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def compute_init(device: str = "auto", seed: int = 0) -> Compute:
+    """Pick the device, join the process group when torchrun started us, and seed every generator.
+
+    "auto" takes CUDA where there is one and the CPU elsewhere; "mps" has to be asked for by name.
+    Every rank gets the same seed, so that all of them initialise the same weights.
+    """
+    import torch
+
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch_device = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {device!r}: use auto, cpu, cuda or mps") from error
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} asked for, but torch sees no CUDA GPU; use --device cpu or --device auto")
+    if torch_device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps' asked for, but torch sees no Apple GPU; use --device cpu or --device auto")
+
+    if torch_device.type == "cuda":
+        if torch_device.index is None:
+            torch_device = torch.device("cuda", local_rank)
+        if torch_device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} found); "
+                "lower --nproc_per_node"
+            )
+        torch.cuda.set_device(torch_device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+
+    # RANK is set by torchrun only; with one process under torchrun a group still exists, so collectives work
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        if torch_device.type == "cuda":
+            torch.distributed.init_process_group("nccl", device_id=torch_device)
+        else:
+            torch.distributed.init_process_group("gloo")
+
+    seed_everything(seed)
+    return Compute(torch_device, rank, local_rank, world_size)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def compute_cleanup() -> None:
+    """Leave the process group, if there is one."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never half of one."""
+    target = Path(os.path.realpath(path))  # through a link: the file behind it is replaced, the link stays
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk too; other systems cannot open a directory
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """atomic_write_bytes for UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))

@@ -1,0 +1,95 @@
+"""How answers and rankings are scored. Every function takes one question; a figure for a data set is the mean over questions.
+
+Answers follow the official SQuAD scripts: Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250) for exact match and F1,
+Rajpurkar et al. 2018 (https://arxiv.org/abs/1806.03822) for questions without an answer. An answer counts when it equals
+a reference after normalisation; one that merely contains it does not.
+
+Rankings follow trec_eval: recall, reciprocal rank (Voorhees 1999, TREC-8), and nDCG (Jarvelin and Kekalainen 2002, ACM
+TOIS 20(4)) with the grade itself as the gain. A document that is listed twice keeps both places and counts at the first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation and the words a, an, the; single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Iterable[str]) -> float:
+    """1 if the normalised prediction equals one of the normalised answers, else 0.
+
+    No answers (or only ones of which normalisation leaves nothing) means that there is none: then 1 for saying nothing.
+    """
+    predicted = normalize_answer(prediction)
+    return float(any(predicted == reference for reference in _references(answers)))
+
+
+def f1(prediction: str, answers: Iterable[str]) -> float:
+    """Harmonic mean of word precision and recall, words counted as often as they occur; the best over the answers.
+
+    With no answers, 1 for saying nothing and 0 for any word, as in exact_match.
+    """
+    predicted = normalize_answer(prediction).split()
+    return max(_f1(predicted, reference.split()) for reference in _references(answers))
+
+
+def _references(answers: Iterable[str]) -> list[str]:
+    return [reference for reference in map(normalize_answer, answers) if reference] or [""]
+
+
+def _f1(predicted: list[str], reference: list[str]) -> float:
+    if not predicted or not reference:
+        return float(predicted == reference)
+    common = (Counter(predicted) & Counter(reference)).total()
+    return 2 * common / (len(predicted) + len(reference))
+
+
+def recall_at_k(retrieved: Sequence[str], gold: Iterable[str], k: int) -> float:
+    """Share of the gold documents that are among the first k retrieved."""
+    gold = _gold(gold)
+    return len(gold.keys() & set(retrieved[:k])) / len(gold)
+
+
+def reciprocal_rank(retrieved: Sequence[str], gold: Iterable[str], k: int | None = None) -> float:
+    """1 / rank of the first gold document among the first k (all, if k is not given), 0 if there is none."""
+    gold = _gold(gold)
+    return next((1 / rank for rank, id in enumerate(retrieved[:k], 1) if id in gold), 0.0)
+
+
+def mrr(rankings: Sequence[Sequence[str]], golds: Sequence[Iterable[str]], k: int | None = None) -> float:
+    """Mean reciprocal rank: the mean of reciprocal_rank over the questions."""
+    ranks = [reciprocal_rank(retrieved, gold, k) for retrieved, gold in zip(rankings, golds, strict=True)]
+    return sum(ranks) / len(ranks)
+
+
+def ndcg_at_k(retrieved: Sequence[str], gold: Iterable[str] | Mapping[str, float], k: int) -> float:
+    """Sum of grade / log2(rank + 1) over the first k, divided by that of the best possible order.
+
+    gold maps ids to grades; without grades (a list or set of ids) each gold document has grade 1.
+    """
+    grades = _gold(gold)
+    ideal = sum(grade / math.log2(rank + 1) for rank, grade in enumerate(sorted(grades.values(), reverse=True)[:k], 1))
+    gained, seen = 0.0, set()
+    for rank, id in enumerate(retrieved[:k], 1):
+        if id in grades and id not in seen:
+            gained += grades[id] / math.log2(rank + 1)
+        seen.add(id)
+    return gained / ideal
+
+
+def _gold(gold: Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+    grades = dict(gold) if isinstance(gold, Mapping) else dict.fromkeys(gold, 1.0)
+    grades = {id: grade for id, grade in grades.items() if grade > 0}
+    if not grades:
+        raise ValueError("a question without gold documents has no ranking score: leave it out of the mean")
+    return grades

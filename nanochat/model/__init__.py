@@ -1,0 +1,1 @@
+"""The hybrid Transformer/Mamba-2 language model: tensors only, no text."""

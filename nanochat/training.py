@@ -1,0 +1,421 @@
+"""The one training loop: accumulation, schedule, data parallel ranks, evals, logs, checkpoints, resume.
+
+A script gives it a model, a tokenizer and phases of batches (each batch a pure function of the step), and what to
+evaluate. Everything is written under one run directory: step_XXXXXX/ checkpoints, metrics.jsonl, config.json, report.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import list_steps, load_checkpoint, save_checkpoint
+from nanochat.common import Compute, UserError, print0
+from nanochat.config import config_to_dict, save_config
+from nanochat.model.lm import IGNORE, HybridLM
+from nanochat.optim import Optimizers
+from nanochat.packing import Batch
+from nanochat.report import write_report
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Settings every training script shares."""
+
+    run: str = "dummy"
+    """Name of the run in wandb; "dummy" logs to metrics.jsonl only."""
+    model_tag: str = ""
+    """Name of the model's checkpoint folder; empty: d<depth>, or the tag of the checkpoint it starts from."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    seed: int = 0
+    """Seeds weights, data order and sampling."""
+    max_seq_len: int = 2048
+    """Length of a training row in tokens; examples are packed into rows."""
+    device_batch_size: int = 8
+    """Rows in one forward pass on one device; lower it when memory runs out, the result stays the same."""
+    total_batch_size: int = 65536
+    """Tokens in one optimizer step, over all devices (rounded down to whole rows)."""
+    num_steps: int = -1
+    """Optimizer steps; -1: from num_epochs."""
+    num_epochs: float = 1.0
+    """Passes over the data when num_steps is -1."""
+    max_minutes: float = -1.0
+    """Stop after this many minutes of training, with the learning rate brought down in time; -1: no limit."""
+    matrix_lr: float = 0.02
+    """Muon's learning rate for the matrices inside blocks."""
+    embed_lr: float = 0.2
+    """AdamW's learning rate for the embedding (scaled by (width / 768)^-0.5)."""
+    head_lr: float = 0.004
+    """AdamW's learning rate for the output layer (scaled likewise)."""
+    scalar_lr: float = 0.005
+    """AdamW's learning rate for norms, convolutions and the scan's own parameters."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of Muon."""
+    init_lr_frac: float = 1.0
+    """Scales every learning rate: 1 to train, less to fine-tune carefully."""
+    warmup_steps: int = 0
+    """Steps of rising learning rate."""
+    warmdown_frac: float = 0.4
+    """Last share of training over which the learning rate falls linearly."""
+    final_lr_frac: float = 0.05
+    """Learning rate at the end, as a share of its peak."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_every: int = 250
+    """Steps between validations (one more at the end); 0: never."""
+    save_every: int = 1000
+    """Steps between checkpoints (one more at the end)."""
+    log_every: int = 10
+    """Steps between printed lines; metrics.jsonl gets every step."""
+    resume: Literal["", "auto"] = ""
+    """auto: go on from the newest complete checkpoint of this model_tag, if there is one."""
+    plan: bool = False
+    """Print what the run would cost and stop: model size, tokens, memory, disk, time. Opens every input."""
+
+
+class Batches(Protocol):
+    max_seq_len: int
+    rows_per_step: int
+
+    def get(self, step: int, which: range | None = None) -> Batch: ...
+
+
+@dataclass
+class Phase:
+    """A stretch of training on one source of batches."""
+
+    name: str
+    batches: Batches
+    steps: int
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def lr_scale(config: TrainConfig, step: int, progress: float) -> float:
+    """Linear warm-up over steps, constant, linear warm-down over the last share of the run (progress in [0, 1])."""
+    if step < config.warmup_steps:
+        return config.init_lr_frac * (step + 1) / config.warmup_steps
+    left = (1 - progress) / config.warmdown_frac if config.warmdown_frac > 0 else 1.0
+    return config.init_lr_frac * (config.final_lr_frac + (1 - config.final_lr_frac) * min(1.0, max(0.0, left)))
+
+
+def rows_per_step(config: TrainConfig, world_size: int) -> int:
+    rows = config.total_batch_size // config.max_seq_len
+    if rows < world_size:
+        raise UserError(
+            f"total_batch_size {config.total_batch_size} holds {rows} rows of max_seq_len {config.max_seq_len}, fewer "
+            f"than the {world_size} device(s): raise total_batch_size to at least {world_size * config.max_seq_len}"
+        )
+    return rows
+
+
+@torch.no_grad()
+def mean_loss(model: HybridLM, batches: Batches, steps: int, config: TrainConfig, compute: Compute) -> float:
+    """Mean loss per learned token over the first `steps` batches, shared among the ranks."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=compute.device)
+    dtype = resolve_dtype(config.dtype, compute.device)
+    for step in range(steps):
+        for rows in _micro_batches(batches.rows_per_step, config.device_batch_size, compute):
+            batch = batches.get(step, rows).to(compute.device)
+            with autocast(compute.device, dtype):
+                loss = model(batch.tokens, batch.targets, seq_idx=batch.seq_idx, reduction="sum")
+            total += torch.stack([loss.double(), (batch.targets != IGNORE).sum().double()])
+    _sum_over_ranks(total, compute)
+    model.train()
+    return (total[0] / total[1].clamp_min(1)).item()
+
+
+def _micro_batches(rows: int, size: int, compute: Compute) -> list[range]:
+    """This rank's share of a step's rows, in pieces of the device's batch size."""
+    first, last = rows * compute.rank // compute.world_size, rows * (compute.rank + 1) // compute.world_size
+    return [range(s, min(s + size, last)) for s in range(first, last, size)]
+
+
+def _sum_over_ranks(tensor: torch.Tensor, compute: Compute) -> None:
+    if compute.world_size > 1:
+        dist.all_reduce(tensor)
+
+
+def _sum_gradients(model: HybridLM, compute: Compute) -> None:
+    """Add up the ranks' gradients. Losses are sums over tokens divided by the whole step's count, so the sum is exact
+    however unevenly learned tokens fall on the ranks (an average of averages is not)."""
+    if compute.world_size == 1:
+        return
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:  # a rank whose rows never touched this weight
+            p.grad = torch.zeros_like(p)
+    pending = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.requires_grad]
+    for work in pending:
+        work.wait()
+
+
+def train(
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    phases: list[Phase],
+    config: TrainConfig,
+    compute: Compute,
+    run_dir: Path,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    meta: dict | None = None,
+) -> HybridLM:
+    """Train through the phases in order; returns the model. With config.plan, print the plan and leave the model alone.
+
+    evaluate() returns named figures; it runs every eval_every steps and after the last.
+    """
+    num_steps = sum(p.steps for p in phases)
+    if num_steps < 1:
+        raise UserError("nothing to train: num_steps is 0 (raise num_steps or num_epochs)")
+    model.to(compute.device)
+    model.train()
+    model.gradient_checkpointing = config.gradient_checkpointing
+    dtype = resolve_dtype(config.dtype, compute.device)
+    print_plan(model, phases, config, compute, dtype)
+    if config.plan:
+        return model
+    optimizers = Optimizers(
+        model, config.matrix_lr, config.embed_lr, config.head_lr, config.scalar_lr, config.weight_decay
+    )
+    step, elapsed = 0, 0.0
+    if config.resume == "auto" and list_steps(run_dir):
+        step, elapsed = _resume(model, tokenizer, optimizers, run_dir, compute)
+    log = RunLog(run_dir, config, step) if compute.is_main else None
+    save_meta = {"training_config": config_to_dict(config), **(meta or {})}
+    checked_disk = False
+
+    def save() -> None:
+        nonlocal checked_disk
+        if not compute.is_main:
+            return
+        if not checked_disk:
+            _check_disk(run_dir, model)
+            checked_disk = True
+        state = {**save_meta, "elapsed_seconds": elapsed, "rng": torch.get_rng_state().tolist()}
+        save_checkpoint(run_dir, step, model, tokenizer, state, optimizers.state_dict())
+
+    starts = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
+    limit = config.max_minutes * 60 if config.max_minutes > 0 else math.inf
+    done = step >= num_steps or elapsed >= limit
+    while not done:
+        began = time.perf_counter()
+        phase_index = max(i for i, start in enumerate(starts) if start <= step)
+        phase, at = phases[phase_index], step - starts[phase_index]
+        micros = [phase.batches.get(at, rows) for rows in _micro_batches(phase.batches.rows_per_step, config.device_batch_size, compute)]
+        counts = torch.tensor([sum((b.targets != IGNORE).sum().item() for b in micros)], dtype=torch.float64)
+        counts = counts.to(compute.device, torch.float32 if compute.device.type == "mps" else torch.float64)
+        _sum_over_ranks(counts, compute)
+        learned = max(1.0, counts.item())
+        loss_sum = torch.zeros(1, device=compute.device)
+        for batch in micros:
+            batch = batch.to(compute.device)
+            with autocast(compute.device, dtype):
+                loss = model(batch.tokens, batch.targets, seq_idx=batch.seq_idx, reduction="sum") / learned
+            loss.backward()
+            loss_sum += loss.detach()
+        _sum_gradients(model, compute)
+        _sum_over_ranks(loss_sum, compute)
+        loss_value = loss_sum.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+        if not (math.isfinite(loss_value) and math.isfinite(norm)):
+            raise UserError(
+                f"step {step} ({phase.name}): loss {loss_value}, gradient norm {norm}; stopped before the update. Lower "
+                f"the learning rate (--init_lr_frac) and go on with --resume auto"
+            )
+        progress = max(step / num_steps, elapsed / limit)
+        scale = lr_scale(config, step, progress)
+        optimizers.set_lr_scale(scale)
+        optimizers.step()
+        optimizers.zero_grad()
+        step += 1
+        seconds = time.perf_counter() - began
+        elapsed += seconds
+        if limit < math.inf:
+            elapsed = _agree(elapsed, compute)  # all ranks must stop at the same step
+        done = step >= num_steps or elapsed >= limit
+        tokens = phase.batches.rows_per_step * phase.batches.max_seq_len
+        figures = {"phase": phase.name, "loss": loss_value, "lr_scale": scale, "grad_norm": norm, "seconds": seconds}
+        if config.eval_every and evaluate and (step % config.eval_every == 0 or done):
+            paused = time.perf_counter()
+            figures |= evaluate()
+            elapsed += time.perf_counter() - paused  # a time limit is a promise to the user: it counts all time
+            if limit < math.inf:
+                elapsed = _agree(elapsed, compute)
+                done = done or elapsed >= limit
+        if log:
+            log.write(step, num_steps, figures, tokens, elapsed, limit, last=done)
+        if done or step % config.save_every == 0:
+            save()
+    if log:
+        log.close()
+        write_report(run_dir, log.title, config_to_dict(config), model, num_steps)
+        print0(f"wrote {run_dir}")
+    return model
+
+
+def _agree(seconds: float, compute: Compute) -> float:
+    if compute.world_size == 1:
+        return seconds
+    value = torch.tensor([seconds], device=compute.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.item()
+
+
+def _resume(
+    model: HybridLM, tokenizer: Tokenizer, optimizers: Optimizers, run_dir: Path, compute: Compute
+) -> tuple[int, float]:
+    """Load the newest complete checkpoint into model and optimizers; returns its step and training seconds so far."""
+    saved, saved_tokenizer, meta, state = load_checkpoint(run_dir, device=compute.device)
+    if saved_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{run_dir} was trained with another tokenizer; use another --model_tag, or delete it")
+    if saved.config != model.config:
+        raise UserError(f"{run_dir} holds a model of another shape; use another --model_tag, or delete it")
+    model.load_state_dict(saved.state_dict())
+    if state is None:
+        raise UserError(f"{run_dir} has no optimizer state to resume from")
+    optimizers.load_state_dict(state)
+    torch.set_rng_state(torch.tensor(meta["rng"], dtype=torch.uint8))
+    print0(f"resuming {run_dir} after step {meta['step']}")
+    return meta["step"], meta["elapsed_seconds"]
+
+
+def _state_bytes(model: HybridLM) -> tuple[int, int]:
+    """Bytes of weights and of optimizer state (Muon one moment, AdamW two), both float32."""
+    weights = 4 * model.num_parameters()
+    matrices = 4 * sum(p.numel() for n, p in model.blocks.named_parameters() if n.endswith("proj.weight"))
+    return weights, 2 * weights - matrices
+
+
+def _check_disk(run_dir: Path, model: HybridLM) -> None:
+    needed = 3 * sum(_state_bytes(model))  # two kept and one being written
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise UserError(f"{run_dir}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+
+def print_plan(
+    model: HybridLM, phases: list[Phase], config: TrainConfig, compute: Compute, dtype: torch.dtype
+) -> None:
+    """What the run will cost, before it starts. Time is measured on one forward and backward pass, not guessed."""
+    weights, state = _state_bytes(model)
+    c = model.config
+    size = 2 if dtype == torch.bfloat16 else 4
+    tokens_in_flight = config.device_batch_size * config.max_seq_len
+    per_token = len(c.block_pattern) * (14 * c.d_model + 2 * c.mlp_width) * size  # activations kept for backward
+    if config.gradient_checkpointing:
+        per_token = len(c.block_pattern) * c.d_model * 4
+    head = tokens_in_flight * c.vocab_size * 4 * 2
+    memory = 2 * weights + state + tokens_in_flight * per_token + head
+    total = sum(p.steps * p.batches.rows_per_step * p.batches.max_seq_len for p in phases)
+    print0(f"model: {c.block_pattern}, width {c.d_model}, {model.num_parameters() / 1e6:.2f}M parameters, {dtype}")
+    for p in phases:
+        fill = f", rows {p.batches.fill:.1%} full" if hasattr(p.batches, "fill") else ""
+        tokens = p.batches.rows_per_step * p.batches.max_seq_len
+        print0(f"phase {p.name}: {p.steps} steps of {tokens:,} tokens ({p.batches.rows_per_step} rows){fill}")
+    print0(
+        f"total: {total:,} tokens, {total * model.flops_per_token(config.max_seq_len):.2e} FLOPs; about "
+        f"{memory / 1e9:.2f} GB memory, {3 * (weights + state) / 1e9:.2f} GB disk"
+    )
+    if not config.plan:
+        return
+    phase = phases[-1]
+    rows = _micro_batches(phase.batches.rows_per_step, config.device_batch_size, compute)[0]
+    batch = phase.batches.get(0, rows).to(compute.device)
+    for _ in range(2):  # the first pass warms up
+        began = time.perf_counter()
+        with autocast(compute.device, dtype):
+            loss = model(batch.tokens, batch.targets, seq_idx=batch.seq_idx)
+        loss.backward()
+        loss.item()
+        seconds = time.perf_counter() - began
+        model.zero_grad(set_to_none=True)
+    rate = batch.tokens.numel() * compute.world_size / seconds
+    estimate = total / rate / 60
+    if config.max_minutes > 0:
+        estimate = min(estimate, config.max_minutes)
+    print0(f"time: about {estimate:.1f} minutes at {rate:,.0f} tokens/s (one pass measured). --plan: stopped here")
+
+
+class RunLog:
+    """metrics.jsonl (one JSON object a step), progress lines, wandb when asked for."""
+
+    def __init__(self, run_dir: Path, config: TrainConfig, resumed_step: int):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.title = f"{run_dir.parent.name}/{run_dir.name}"
+        self.every = config.log_every
+        self.path = run_dir / "metrics.jsonl"
+        save_config(config, run_dir / "config.json")
+        kept = []
+        if resumed_step and self.path.exists():  # steps after the checkpoint will be run, and logged, again
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            kept = [line for line in lines if _logged_step(line) <= resumed_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept if line), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.wandb = None
+        if config.run != "dummy":
+            try:
+                import wandb
+            except ImportError:
+                raise UserError('--run needs wandb: pip install "nanochat[wandb]"; without --run all is logged to '
+                                f"{self.path}") from None
+            self.wandb = wandb.init(project="nanochat", name=config.run, config=config_to_dict(config))
+
+    def write(self, step, num_steps, figures, tokens, elapsed, limit, last) -> None:
+        rate = tokens / figures["seconds"]
+        self.file.write(json.dumps({"step": step, **figures, "tokens_per_s": rate, "elapsed": elapsed}) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: v for k, v in figures.items() if k != "phase"} | {"tokens_per_s": rate}, step=step)
+        extra = {k: v for k, v in figures.items() if k not in ("phase", "loss", "lr_scale", "grad_norm", "seconds")}
+        if not (last or extra or step % self.every == 0 or step == 1):
+            return
+        left = min(elapsed / step * (num_steps - step), limit - elapsed)
+        shown = "".join(f" | {k} {v:.4f}" for k, v in extra.items())
+        print0(
+            f"{figures['phase']} {step}/{num_steps} | loss {figures['loss']:.4f} | lr x{figures['lr_scale']:.2f} | "
+            f"{rate:,.0f} tok/s | {_clock(max(0.0, left))} left{shown}"
+        )
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf  # a line cut off by a kill
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"

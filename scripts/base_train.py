@@ -1,0 +1,115 @@
+"""Pretrain a model on raw text.
+
+    python -m scripts.base_train --input data/text --depth 4 --max_minutes 30
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --input data/text --depth 20
+
+The tokenizer comes from scripts.tok_train. A very small model does not find in-context lookup by itself: give it
+--copy_warmup_steps 300, a warm-up on copying random token sequences, before the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.checkpoint_manager import checkpoint_root
+from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_main
+from nanochat.config import format_config, load_config
+from nanochat.dataset import tokenize_texts
+from nanochat.model.lm import HybridLM, ModelConfig
+from nanochat.packing import CopyBatches, PackedBatches, TokenData
+from nanochat.tokenizer import Tokenizer
+from nanochat.training import Phase, TrainConfig, mean_loss, rows_per_step, train
+
+
+@dataclass(kw_only=True)
+class ModelShape:
+    """Settings of a new model's shape."""
+
+    depth: int | None = None
+    """Number of blocks; sets the width (64 per block) and the pattern unless those are given."""
+    block_pattern: str = ""
+    """T (attention) and M (Mamba-2) blocks, like "M,T,M,T"; empty: Mamba first, attention spread."""
+    d_model: int | None = None
+    """Width, if it should not follow from the depth."""
+    head_dim: int | None = None
+    """Width of an attention head."""
+    n_kv_head: int | None = None
+    """Key/value heads (grouped-query attention); as many as query heads unless given."""
+    d_state: int | None = None
+    """State width N of Mamba-2."""
+    mamba_head_dim: int | None = None
+    """Head width P of Mamba-2."""
+    mlp: str = "relu2"
+    """relu2 or swiglu."""
+    rope: bool = True
+    """Rotary positions in attention."""
+    tie_embeddings: bool = False
+    """One matrix for embedding and output layer."""
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        optional = {k: getattr(self, k) for k in ("n_kv_head", "d_state", "mamba_head_dim") if getattr(self, k)}
+        try:
+            return ModelConfig.from_depth(
+                vocab_size,
+                self.depth,
+                self.block_pattern or None,
+                self.d_model,
+                self.head_dim,
+                mlp=self.mlp,
+                rope=self.rope,
+                tie_embeddings=self.tie_embeddings,
+                **optional,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig, ModelShape):
+    """Pretrain a hybrid Transformer/Mamba model on raw text."""
+
+    input: list[str]
+    """Text to learn from: .txt or .jsonl files (also .gz) or directories of them, separated by commas."""
+    tokenizer: Path | None = None
+    """Directory of the tokenizer; by default $NANOCHAT_BASE_DIR/tokenizer."""
+    copy_warmup_steps: int = 0
+    """Steps of copying random token sequences before the text; 200 to 400 for models of a few million parameters."""
+    max_chars: int = -1
+    """Read at most this many characters of text; -1: all."""
+    eval_steps: int = 8
+    """Batches of held-out text in one validation."""
+
+
+def main() -> None:
+    config = load_config(Config)
+    print0(format_config(config))
+    compute = compute_init(config.device, config.seed)
+    tokenizer = Tokenizer.load(config.tokenizer or get_base_dir() / "tokenizer")
+    model = HybridLM(config.model_config(tokenizer.vocab_size))
+    rows = rows_per_step(config, compute.world_size)
+    splits = tokenize_texts(config.input, tokenizer, config.max_chars)
+    batches = {
+        name: PackedBatches(TokenData.from_text(ids, starts, config.max_seq_len), config.max_seq_len, rows, config.seed)
+        for name, (ids, starts) in splits.items()
+    }
+    print0(f"text: {len(splits['train'][0]):,} tokens to train on, {len(splits['val'][0]):,} held out")
+    text = batches["train"]
+    steps = config.num_steps if config.num_steps >= 0 else round(config.num_epochs * text.steps_per_epoch())
+    phases = [Phase("text", text, steps)] if steps else []
+    if config.copy_warmup_steps:
+        ordinary = len(tokenizer.token_bytes)  # special tokens are not copied
+        copying = CopyBatches(ordinary, config.max_seq_len, rows, config.seed)
+        phases.insert(0, Phase("copy", copying, config.copy_warmup_steps))
+    tag = config.model_tag or f"d{len(model.config.block_pattern)}"
+
+    def evaluate() -> dict[str, float]:
+        steps = min(config.eval_steps, batches["val"].steps_per_epoch())
+        return {"val_loss": mean_loss(model, batches["val"], steps, config, compute)}
+
+    train(model, tokenizer, phases, config, compute, checkpoint_root("base", tag), evaluate)
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run_main(main)
