@@ -2,7 +2,7 @@
 
     <base dir>/checkpoints/<source>/<model_tag>/step_000500/
         model.safetensors       parameters by name
-        optimizer.safetensors   optimizer state by "parameter name/state name", whole tensors: any number of ranks reads it
+        optimizer.safetensors   optimizer state by "parameter/state", whole tensors: any number of ranks reads it
         tokenizer.json          the tokenizer the model was trained with
         meta.json               model config, training config, step, data position, RNG, git revision
         COMPLETE                written last; a directory without it is ignored
@@ -80,7 +80,8 @@ def save_checkpoint(
     optimizer_state: dict[str, Tensor] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write root/step_XXXXXX whole or not at all, then drop all but the newest `keep` checkpoints."""
+    """Write root/step_XXXXXX whole or not at all, then drop all but the newest `keep` checkpoints, and those of later
+    steps: they are of an earlier run that this one replaces, and would be taken for its newest."""
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(".writing-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -110,12 +111,19 @@ def save_checkpoint(
     _fsync(temporary)
     final = root / _step_name(step)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     temporary.rename(final)
     _fsync(root)
-    for old in list_steps(root)[:-keep]:
-        shutil.rmtree(root / _step_name(old))
+    steps = list_steps(root)
+    kept = [s for s in steps if s <= step][-keep:]
+    for old in set(steps) - set(kept):
+        _remove(root / _step_name(old))
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / MARKER).unlink(missing_ok=True)  # first: a removal cut short must not leave half a checkpoint marked
+    shutil.rmtree(checkpoint)
 
 
 def git_revision() -> str:
@@ -128,7 +136,9 @@ def git_revision() -> str:
     return done.stdout.strip()
 
 
-def load_checkpoint(root: Path, step: int | None = None, device: torch.device | str = "cpu"):
+def load_checkpoint(
+    root: Path, step: int | None = None, device: torch.device | str = "cpu", with_optimizer: bool = True
+) -> tuple[HybridLM, Tokenizer, dict, dict[str, Tensor] | None]:
     """(model, tokenizer, meta, optimizer state or None) of root's newest complete checkpoint, or of `step`."""
     steps = list_steps(root)
     if not steps:
@@ -139,28 +149,33 @@ def load_checkpoint(root: Path, step: int | None = None, device: torch.device | 
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{directory}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}")
+            raise UserError(
+                f"{directory}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}"
+            )
         config = ModelConfig(**meta["model_config"])
         tensors = load_file(directory / "model.safetensors", device=str(device))
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as e:
+        if config.tie_embeddings:
+            tensors["lm_head.weight"] = tensors["embed.weight"]
+        optimizer_file = directory / "optimizer.safetensors"
+        wanted = with_optimizer and optimizer_file.exists()
+        optimizer_state = load_file(optimizer_file, device=str(device)) if wanted else None
+        fingerprint = meta["tokenizer_fingerprint"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{directory} is damaged ({e}): delete it to fall back to the one before") from e
     tokenizer = Tokenizer.load(directory)
-    if tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
+    if tokenizer.fingerprint != fingerprint:
         raise UserError(
             f"{directory}: tokenizer.json is not the one this model was trained with; put the original back"
         )
     with torch.device("meta"):
         model = HybridLM(config)
-    if config.tie_embeddings:
-        tensors["lm_head.weight"] = tensors["embed.weight"]
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as e:
         raise UserError(f"{directory}/model.safetensors does not match its config: {str(e).splitlines()[-1]}") from e
     if config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
-    optimizer_file = directory / "optimizer.safetensors"
-    optimizer_state = load_file(optimizer_file, device=str(device)) if optimizer_file.exists() else None
+    meta |= {"directory": str(directory), "model_tag": root.name}
     return model, tokenizer, meta, optimizer_state
 
 
@@ -176,7 +191,7 @@ def load_model(
     phase "eval" or "train" sets the module's mode. Without model_tag, the tag written last.
     """
     root = checkpoint_root(source, find_model_tag(source, model_tag))
-    model, tokenizer, meta, _ = load_checkpoint(root, step, device)
+    model, tokenizer, meta, _ = load_checkpoint(root, step, device, with_optimizer=False)
     model.requires_grad_(True)
     model.train(phase == "train")
     return model, tokenizer, meta

@@ -17,7 +17,7 @@ All text is encoded as ordinary text: whatever a document or a user spells, it n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,26 +144,30 @@ def count_documents(conversation: dict[str, Any]) -> int:
     return sum(len(documents) for message in conversation["messages"] for documents, _ in _message_blocks(message))
 
 
-def answer_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of a generated answer: up to <|assistant_end|>, without searches, what they found, and markers."""
+def answer_ids(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[int]:
+    """The text tokens of a generated answer as they come: up to <|assistant_end|>, without searches, what they found,
+    and markers."""
     end = tokenizer.special_id("<|assistant_end|>")
     closing = {
         tokenizer.special_id("<|search_start|>"): tokenizer.special_id("<|search_end|>"),
         tokenizer.special_id("<|retrieval_start|>"): tokenizer.special_id("<|retrieval_end|>"),
     }
     first_special = min(tokenizer.special_id(name) for name in tokenizer.special_tokens)
-    text_ids: list[int] = []
     waiting_for = None  # the marker that ends the stretch being left out
     for i in ids:
         if i == end:
-            break
+            return
         if waiting_for is not None:
             waiting_for = None if i == waiting_for else waiting_for
         elif i in closing:
             waiting_for = closing[i]
         elif i < first_special:
-            text_ids.append(i)
-    return tokenizer.decode(text_ids).strip()
+            yield i
+
+
+def answer_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of a generated answer."""
+    return tokenizer.decode(list(answer_ids(ids, tokenizer))).strip()
 
 
 def validate(conversation: dict[str, Any], training: bool = True) -> None:

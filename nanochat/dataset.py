@@ -83,20 +83,32 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(value.get(name))
 
 
-def _jsonl_texts(path: Path) -> Iterator[str]:
+def iter_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", record) for each line of a .jsonl or .jsonl.gz file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
     for number, line in _lines(path, MAX_LINE_BYTES + 4):  # 4: a piece may hold back 3 bytes of a cut character
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         if len(line.encode()) > MAX_LINE_BYTES:
-            raise UserError(f"{path}:{number}: the line is over {MAX_LINE_BYTES // 1_000_000} MB; split this text")
+            raise UserError(f"{where}: the line is over {MAX_LINE_BYTES // 1_000_000} MB; split this text")
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or str(error)
-            raise UserError(f"{path}:{number}: not a line of JSON ({reason}); mend or remove it") from error
-        text = record_text(record) if isinstance(record, dict) else None
+            raise UserError(f"{where}: not a line of JSON ({reason}); mend or remove it") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: a line holds one JSON object, not a {type(record).__name__}")
+        yield where, record
+
+
+def _jsonl_texts(path: Path) -> Iterator[str]:
+    for where, record in iter_records(path):
+        text = record_text(record)
         if text is None:
-            raise UserError(f"{path}:{number}: no text field; expected one of {', '.join(TEXT_FIELDS)} or messages")
+            raise UserError(f"{where}: no text field; expected one of {', '.join(TEXT_FIELDS)} or messages")
         yield text
 
 

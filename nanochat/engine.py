@@ -6,8 +6,9 @@ rows beside it.
 
 from __future__ import annotations
 
+import codecs
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,15 +73,16 @@ class Engine:
         tokens, valid = self._padded(prompts)
         rows = torch.arange(len(prompts))  # rows still running, as indices into prompts
         cache = self.model.new_cache(len(prompts))
-        logits = self.model(tokens, cache=cache, valid=valid if len(set(map(len, prompts))) > 1 else None, last_only=True)
-        for _ in range(max_tokens):
+        ragged = len(set(map(len, prompts))) > 1
+        logits = self.model(tokens, cache=cache, valid=valid if ragged else None, last_only=True)
+        for made in range(1, max_tokens + 1):
             chosen = sample(logits, temperature, top_k, generator)
             emitted: list[int | None] = [None] * len(prompts)
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 emitted[row] = token
             yield emitted
             running = (chosen != self.end).nonzero().flatten()
-            if not len(running):
+            if not len(running) or made == max_tokens:
                 return
             if len(running) < len(rows):  # ended rows leave the batch
                 rows, chosen, cache = rows[running.cpu()], chosen[running], cache.select(running)
@@ -120,22 +122,14 @@ class Engine:
                         out[i].append(token)
         return out
 
-    def stream_text(self, ids: Iterator[int]) -> Iterator[str]:
+    def stream_text(self, ids: Iterable[int]) -> Iterator[str]:
         """Text as it becomes whole: bytes of a character split over tokens wait for the rest."""
-        pending: list[int] = []
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in ids:
-            pending.append(token)
-            data = self.tokenizer.decode_bytes(pending)
-            try:
-                text = data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if len(data) - error.start < 4 and error.reason == "unexpected end of data":
-                    continue
-                text = data.decode("utf-8", errors="replace")
-            pending = []
+            if text := decoder.decode(self.tokenizer.decode_bytes([token])):
+                yield text
+        if text := decoder.decode(b"", final=True):
             yield text
-        if pending:
-            yield self.tokenizer.decode_bytes(pending).decode("utf-8", errors="replace")
 
     def generate_from_conversation(
         self,

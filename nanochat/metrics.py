@@ -1,11 +1,11 @@
-"""How answers and rankings are scored. Every function takes one question; a figure for a data set is the mean over questions.
+"""How answers and rankings are scored: a function takes one question, a data set's figure is the mean over questions.
 
-Answers follow the official SQuAD scripts: Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250) for exact match and F1,
-Rajpurkar et al. 2018 (https://arxiv.org/abs/1806.03822) for questions without an answer. An answer counts when it equals
-a reference after normalisation; one that merely contains it does not.
+Answers follow the official SQuAD scripts: Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250) for exact match and
+F1, Rajpurkar et al. 2018 (https://arxiv.org/abs/1806.03822) for questions without an answer. An answer counts when it
+equals a reference after normalisation; one that merely contains it does not.
 
 Rankings follow trec_eval: recall, reciprocal rank (Voorhees 1999, TREC-8), and nDCG (Jarvelin and Kekalainen 2002, ACM
-TOIS 20(4)) with the grade itself as the gain. A document that is listed twice keeps both places and counts at the first.
+TOIS 20(4)) with the grade itself as the gain. A document that is listed twice keeps both places and counts once.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Type of the matrix products; weights stay float32. auto: bfloat16 where the hardware multiplies in it."""
     seed: int = 0
     """Seeds weights, data order and sampling."""
     max_seq_len: int = 2048
@@ -107,9 +107,16 @@ class Phase:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies in it (recent GPUs; CPUs with AVX512-BF16 or AMX, where a small
+    hybrid trained about twice as fast), else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        probes = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        fast = device.type == "cpu" and any(probe() for probe in probes if probe)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -203,8 +210,9 @@ def train(
         model, config.matrix_lr, config.embed_lr, config.head_lr, config.scalar_lr, config.weight_decay
     )
     step, elapsed = 0, 0.0
+    taken = [0] * len(phases)  # steps done in each phase: its data position
     if config.resume == "auto" and list_steps(run_dir):
-        step, elapsed = _resume(model, tokenizer, optimizers, run_dir, compute)
+        step, elapsed, taken = _resume(model, tokenizer, optimizers, run_dir, compute)
     log = RunLog(run_dir, config, step) if compute.is_main else None
     save_meta = {"training_config": config_to_dict(config), **(meta or {})}
     checked_disk = False
@@ -216,17 +224,20 @@ def train(
         if not checked_disk:
             _check_disk(run_dir, model)
             checked_disk = True
-        state = {**save_meta, "elapsed_seconds": elapsed, "rng": torch.get_rng_state().tolist()}
+        state = {**save_meta, "elapsed_seconds": elapsed, "phase_steps": taken, "rng": torch.get_rng_state().tolist()}
         save_checkpoint(run_dir, step, model, tokenizer, state, optimizers.state_dict())
 
-    starts = [sum(p.steps for p in phases[:i]) for i in range(len(phases))]
+    starts = [sum(p.steps for p in phases[:i]) / num_steps for i in range(len(phases))]
     limit = config.max_minutes * 60 if config.max_minutes > 0 else math.inf
     done = step >= num_steps or elapsed >= limit
     while not done:
         began = time.perf_counter()
-        phase_index = max(i for i, start in enumerate(starts) if start <= step)
-        phase, at = phases[phase_index], step - starts[phase_index]
-        micros = [phase.batches.get(at, rows) for rows in _micro_batches(phase.batches.rows_per_step, config.device_batch_size, compute)]
+        # under a time limit every phase gets its share of the time, whatever the machine's speed
+        progress = max(step / num_steps, elapsed / limit)
+        phase_index = max(i for i, start in enumerate(starts) if start <= progress)
+        batches = phases[phase_index].batches
+        shares = _micro_batches(batches.rows_per_step, config.device_batch_size, compute)
+        micros = [batches.get(taken[phase_index], rows) for rows in shares]
         counts = torch.tensor([sum((b.targets != IGNORE).sum().item() for b in micros)], dtype=torch.float64)
         counts = counts.to(compute.device, torch.float32 if compute.device.type == "mps" else torch.float64)
         _sum_over_ranks(counts, compute)
@@ -244,22 +255,22 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise UserError(
-                f"step {step} ({phase.name}): loss {loss_value}, gradient norm {norm}; stopped before the update. Lower "
+                f"step {step} ({phases[phase_index].name}): loss {loss_value}, gradient norm {norm}; stopped before the update. Lower "
                 f"the learning rate (--init_lr_frac) and go on with --resume auto"
             )
-        progress = max(step / num_steps, elapsed / limit)
         scale = lr_scale(config, step, progress)
         optimizers.set_lr_scale(scale)
         optimizers.step()
         optimizers.zero_grad()
         step += 1
+        taken[phase_index] += 1
         seconds = time.perf_counter() - began
         elapsed += seconds
         if limit < math.inf:
             elapsed = _agree(elapsed, compute)  # all ranks must stop at the same step
         done = step >= num_steps or elapsed >= limit
-        tokens = phase.batches.rows_per_step * phase.batches.max_seq_len
-        figures = {"phase": phase.name, "loss": loss_value, "lr_scale": scale, "grad_norm": norm, "seconds": seconds}
+        tokens = batches.rows_per_step * batches.max_seq_len
+        figures = {"phase": phases[phase_index].name, "loss": loss_value, "lr_scale": scale, "grad_norm": norm, "seconds": seconds}
         if config.eval_every and evaluate and (step % config.eval_every == 0 or done):
             paused = time.perf_counter()
             figures |= evaluate()
@@ -288,8 +299,9 @@ def _agree(seconds: float, compute: Compute) -> float:
 
 def _resume(
     model: HybridLM, tokenizer: Tokenizer, optimizers: Optimizers, run_dir: Path, compute: Compute
-) -> tuple[int, float]:
-    """Load the newest complete checkpoint into model and optimizers; returns its step and training seconds so far."""
+) -> tuple[int, float, list[int]]:
+    """Load the newest complete checkpoint into model and optimizers; returns its step, training seconds so far and
+    steps done in each phase."""
     saved, saved_tokenizer, meta, state = load_checkpoint(run_dir, device=compute.device)
     if saved_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{run_dir} was trained with another tokenizer; use another --model_tag, or delete it")
@@ -301,7 +313,7 @@ def _resume(
     optimizers.load_state_dict(state)
     torch.set_rng_state(torch.tensor(meta["rng"], dtype=torch.uint8))
     print0(f"resuming {run_dir} after step {meta['step']}")
-    return meta["step"], meta["elapsed_seconds"]
+    return meta["step"], meta["elapsed_seconds"], meta["phase_steps"]
 
 
 def _state_bytes(model: HybridLM) -> tuple[int, int]:

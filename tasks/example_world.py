@@ -1,7 +1,7 @@
 """An invented, consistent little world: documents, a graph of triples, and questions whose answers must be read.
 
     world = generate_world(num_documents=1000, seed=0)
-    world.documents[0]      # {"id": "person_00000", "title": "Tovan Merikol", "content": "...", "metadata": {"split", "kind"}}
+    world.documents[0]      # {"id": "person_00000", "title": "Tovan Merikol", "content": ..., "metadata": {...}}
     world.triples[0]        # ("Tovan Merikol", "born_in", "Zukon")
     world.questions["test"] # one question for every fact of every document of that split
     world.multihop["test"]  # questions over two and three documents, with their hops
@@ -37,8 +37,8 @@ TRIES_PER_CHAIN = 20  # random walks from one document before its multi-hop ques
 class Relation:
     """How a fact is told and asked. All wordings of one relation share its telling word ("born", "mayor", "founded").
 
-    {S} and {s} are the subject, as name or pronoun, at the beginning and inside of a sentence; {P} is a possessive pronoun,
-    {o} the object, {x} the subject in a question, {maker} what the maker of a work is called.
+    {S} and {s} are the subject, as name or pronoun, at the beginning and inside of a sentence; {P} is a possessive
+    pronoun, {o} the object, {x} the subject in a question, {maker} what the maker of a work is called.
     """
 
     sentences: tuple[str, ...]
@@ -177,24 +177,34 @@ _LAST = [
 ]
 _UNFIT = frozenset({"Semen", "Satan"})
 
-_OCCUPATIONS = _words("""baker barber beekeeper blacksmith boatbuilder bookbinder brewer butcher candlemaker carpenter chemist
-clockmaker cobbler cook cooper courier dancer dentist diver doctor dyer farmer ferryman fisher florist gardener glassblower
-goldsmith hatter historian hunter judge lawyer librarian locksmith mason merchant midwife miller miner musician nurse
-pharmacist photographer pilot plumber porter potter printer roofer sailor sculptor shepherd surveyor tailor teacher
-translator weaver welder woodcarver""")
-_THEMES = _words("""ambition autumn betrayal bravery childhood courage deceit despair destiny doubt dreams envy exile faith fame
-famine forgiveness freedom friendship gratitude greed grief guilt harvest honour hope hunger innocence jealousy justice
-kindness loneliness loss loyalty luck marriage memory mercy migration motherhood mourning nature obedience patience peace
-pilgrimage poverty pride rebellion regret revenge rivalry sacrifice silence slavery solitude thirst travel truth victory
-wealth winter wisdom youth""")
-_TITLE_WORDS = _words("""Anchor Arrow Bell Bridge Candle Castle Chain Circle Cloud Crown Dagger Drum Feather Flame Flute Forest
-Garden Gate Ghost Harbour Island Journey Key Lantern Letter Mirror Moon Mountain Orchard Palace Rose Sail Shadow Shield
-Star Stone Sword Thorn Throne Tower Valley Voyage Wheel Window Wolf""")
+_OCCUPATIONS = _words("""
+    baker barber beekeeper blacksmith boatbuilder bookbinder brewer butcher candlemaker carpenter chemist clockmaker
+    cobbler cook cooper courier dancer dentist diver doctor dyer farmer ferryman fisher florist gardener glassblower
+    goldsmith hatter historian hunter judge lawyer librarian locksmith mason merchant midwife miller miner musician
+    nurse pharmacist photographer pilot plumber porter potter printer roofer sailor sculptor shepherd surveyor
+    tailor teacher translator weaver welder woodcarver
+""")
+_THEMES = _words("""
+    ambition autumn betrayal bravery childhood courage deceit despair destiny doubt dreams envy exile faith fame
+    famine forgiveness freedom friendship gratitude greed grief guilt harvest honour hope hunger innocence jealousy
+    justice kindness loneliness loss loyalty luck marriage memory mercy migration motherhood mourning nature
+    obedience patience peace pilgrimage poverty pride rebellion regret revenge rivalry sacrifice silence slavery
+    solitude thirst travel truth victory wealth winter wisdom youth
+""")
+_TITLE_WORDS = _words("""
+    Anchor Arrow Bell Bridge Candle Castle Chain Circle Cloud Crown Dagger Drum Feather Flame Flute Forest Garden
+    Gate Ghost Harbour Island Journey Key Lantern Letter Mirror Moon Mountain Orchard Palace Rose Sail Shadow Shield
+    Star Stone Sword Thorn Throne Tower Valley Voyage Wheel Window Wolf
+""")
 _COMPANY_WORDS = _words("Foundry Group Holdings Industries Mills Partners Works Workshop Brothers Trading")
-_PRODUCTS = _words("""bicycle blanket boot camera chair clock compass engine guitar hammer kettle ladder lamp loom mattress oven
-piano plough pump radio razor saddle stove telescope tractor umbrella violin wagon watch whistle""")
-_SPECIALITIES = _words("""apples bread butter carpets cheese chocolate cider dances dolls fireworks glass honey jam kites lace
-marble mustard olives pears pepper plums porcelain puppets ribbons salt sausages silk soap tea vinegar wine wool""")
+_PRODUCTS = _words("""
+    bicycle blanket boot camera chair clock compass engine guitar hammer kettle ladder lamp loom mattress oven piano
+    plough pump radio razor saddle stove telescope tractor umbrella violin wagon watch whistle
+""")
+_SPECIALITIES = _words("""
+    apples bread butter carpets cheese chocolate cider dances dolls fireworks glass honey jam kites lace marble
+    mustard olives pears pepper plums porcelain puppets ribbons salt sausages silk soap tea vinegar wine wool
+""")
 _MAKERS = {
     "novel": "author",
     "play": "author",
@@ -229,7 +239,7 @@ class _Entity:
 
 
 def generate_world(num_documents: int = 1000, seed: int = 0) -> World:
-    """The same world for the same two numbers, on any machine. About 80% of the documents are train, 10% val, 10% test."""
+    """The same world for the same two numbers, anywhere. About 80% of the documents are train, 10% val, 10% test."""
     if num_documents < MIN_DOCUMENTS:
         raise UserError(
             f"num_documents is {num_documents}: the example world needs at least {MIN_DOCUMENTS} (try 1000)"
@@ -252,7 +262,6 @@ def generate_world(num_documents: int = 1000, seed: int = 0) -> World:
                     "id": entity.id,
                     "title": entity.name,
                     "content": entity.content,
-                    "source": "example world",
                     "metadata": {"split": split, "kind": entity.kind},
                 }
             )
@@ -430,3 +439,23 @@ def _ask_chain(start: _Entity, length: int, by_name: dict[str, _Entity], rng: ra
             ],
         }
     return None
+
+
+def reading_conversations(world: World, split: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Chats about one document pasted into the first message: all its questions, in random order, one a turn."""
+    rng = random.Random(f"{seed}/reading/{split}")
+    contents = {document["id"]: document["content"] for document in world.documents}
+    asked: dict[str, list[dict[str, Any]]] = {}
+    for question in world.questions[split]:
+        asked.setdefault(question["doc_ids"][0], []).append(question)
+    talks = []
+    for document_id, questions in asked.items():
+        rng.shuffle(questions)
+        messages = []
+        for number, question in enumerate(questions):
+            passage = f"{contents[document_id]}\n\n" if number == 0 else ""
+            messages.append({"role": "user", "content": passage + question["query"]})
+            messages.append({"role": "assistant", "content": question["answers"][0]})
+        talks.append({"messages": messages})
+    rng.shuffle(talks)
+    return talks

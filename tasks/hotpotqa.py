@@ -2,9 +2,9 @@
 
     documents, queries, skipped = read_hotpotqa("hotpot_dev_distractor_v1.json")
 
-The paragraphs of all questions are pooled into one set of documents. The gold documents of a question are the paragraphs
-that hold its supporting facts; a question whose gold paragraphs are not all in the file is skipped and counted. The
-files come from https://hotpotqa.github.io/.
+The paragraphs of all questions are pooled into one set of documents. The gold documents of a question are the
+paragraphs that hold its supporting facts; a question whose gold paragraphs are not all in the file is skipped and
+counted. The files come from https://hotpotqa.github.io/.
 """
 
 from __future__ import annotations

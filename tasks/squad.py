@@ -3,8 +3,8 @@
     for article in read_squad("train-v1.1.json.gz"):
         article.documents, article.queries
 
-A passage is a document, with the article's title; its id comes from title and text, so that the same passage has the same id
-in every file. The files come from https://rajpurkar.github.io/SQuAD-explorer/.
+A passage is a document, with the article's title; its id comes from title and text, so that the same passage has the
+same id in every file. The files come from https://rajpurkar.github.io/SQuAD-explorer/.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def read_squad(path: str | Path) -> list[Article]:
 
 
 def document_id(prefix: str, title: str, text: str) -> str:
-    return f"{prefix}_{hashlib.sha256(f'{title}\0{text}'.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(f"{title}\0{text}".encode()).hexdigest()
+    return f"{prefix}_{digest[:16]}"
 
 
 def _query(question: Any, document: Document, place: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ G groups, W convolution width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,8 +69,7 @@ class Mamba2(nn.Module):
     def init_states(self, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
         """A in [-16, -1] and softplus(dt_bias) log-uniform in [dt_min, dt_max], as in the paper's code."""
         self.A_log.uniform_(1, 16).log_()
-        low, high = torch.tensor([dt_min, dt_max]).log().tolist()
-        dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.conv_weight.uniform_(-1, 1).mul_(self.conv_weight.shape[1] ** -0.5)
         self.conv_bias.zero_()

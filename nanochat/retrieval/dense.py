@@ -10,6 +10,7 @@ library" (2024).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -203,6 +204,8 @@ def _load_sentence_transformer(model: str, device: str | None) -> Any:
             'sentence-transformers is missing, which embeds texts; pip install "nanochat[dense]", or from a checkout '
             'pip install -e ".[dense]" (without it: the retriever types simple and bm25)'
         ) from None
+    with contextlib.suppress(Exception):  # on this disk already: no network is asked, and none is waited for
+        return SentenceTransformer(model, device=device, local_files_only=True)
     try:
         return SentenceTransformer(model, device=device)
     except (OSError, ValueError, RuntimeError) as error:

@@ -65,13 +65,15 @@ class HybridRetriever(Retriever):
     def score_rows(self, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
         """Fused scores, the documents given being the candidates."""
         bm25, dense = (part.score_rows(queries, rows) for part in self.parts)
-        if self.fusion == "rrf":
-            id_rank = self.documents.id_rank
-            return [
-                _reciprocal_ranks(of_query, [best_rows(of_query, part, len(of_query), id_rank)[0] for part in both])
-                for of_query, *both in zip(rows, bm25, dense, strict=True)
-            ]
-        return [self.alpha * _scaled(d) + (1 - self.alpha) * _scaled(s) for s, d in zip(bm25, dense, strict=True)]
+        if self.fusion == "minmax":
+            return [self.alpha * _scaled(d) + (1 - self.alpha) * _scaled(s) for s, d in zip(bm25, dense, strict=True)]
+        fused = []
+        for of_query, s, d in zip(rows, bm25, dense, strict=True):
+            matching = s > 0  # bm25 lists no others
+            lists = [(of_query[matching], s[matching]), (of_query, d)]
+            ranked = [best_rows(*pair, len(of_query), self.documents.id_rank)[0] for pair in lists]
+            fused.append(_reciprocal_ranks(of_query, ranked))
+        return fused
 
     # --- the parts stand on the same documents
 

@@ -85,14 +85,21 @@ class KnowledgeBase:
             self._check_embedding_model(retriever)
             with self._reading():
                 return retriever.load(self.directory)
-        if wanted in ("dense", "hybrid"):
+        if wanted == "dense" or (wanted == "hybrid" and built != "dense"):
             raise UserError(
                 f"{self.path} was built for {built!r} and has no embeddings, which {wanted!r} needs; use {built!r}, or "
                 f"build it: {self.rebuild_command(wanted)}"
             )
         print0(f"note: {self.path} was built for {built!r}; building {wanted!r} in memory ({len(self):,} documents)")
+        if wanted == "hybrid":  # over the embeddings of a dense base
+            self._check_embedding_model(retriever)
         with self._reading():
-            retriever.index(self.documents)
+            retriever.share_documents(self.documents)
+            if wanted == "hybrid":
+                retriever.dense.load_index(self.directory)
+                retriever.bm25.index(self.documents)
+            else:
+                retriever.index(self.documents)
         return retriever
 
     def _check_embedding_model(self, retriever: Retriever) -> None:

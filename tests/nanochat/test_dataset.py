@@ -82,7 +82,7 @@ def test_long_plain_file_comes_in_bounded_texts_and_loses_nothing(
     ("name", "content", "line", "reason"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', 2, "not a line of JSON"),
-        ("a.jsonl", b'\n\n["a"]\n', 3, "no text field"),
+        ("a.jsonl", b'\n\n["a"]\n', 3, "a line holds one JSON object"),
         ("a.jsonl", b'{"id": "1"}\n', 1, "no text field"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xc3', 2, "not a line of JSON"),

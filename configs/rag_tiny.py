@@ -1,0 +1,22 @@
+"""RAG fine-tuning sized for a laptop: from few documents to top_k, several questions on each context.
+
+python -m scripts.rag_finetune configs/rag_tiny.py --knowledge_base data/rag_examples/knowledge_base \
+    --queries data/rag_examples/queries/train.jsonl
+"""
+
+knowledge_base = "data/rag_examples/knowledge_base"
+queries = "data/rag_examples/queries/train.jsonl"
+base_tasks = []
+source = "mid"
+retriever_type = "bm25"
+top_k = 5
+max_doc_length = 200
+max_seq_len = 1024
+device_batch_size = 8
+total_batch_size = 8192
+curriculum = ["2:0.2", "3:0.2", "5:0.6"]
+questions_per_context = 6
+num_steps = 450
+init_lr_frac = 1.0
+eval_every = 150
+log_every = 20

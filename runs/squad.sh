@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The whole path on real text: Wikipedia and Dolly to learn from, SQuAD 1.1 to answer questions about.
+#     NANOCHAT_DATA=folder bash runs/squad.sh [--minutes 60]
+# The folder holds wiki_core.jsonl.gz, wiki_2018plus.jsonl.gz, dolly15k.jsonl.gz, squad11_train.json.gz and
+# squad11_dev.json.gz. --minutes bounds the training time; preparing and evaluating come on top. Output: data/squad_run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+minutes=60
+while [ $# -gt 0 ]; do
+    case $1 in
+        --minutes) minutes=${2:?--minutes needs a number}; shift 2 ;;
+        *) echo "error: unknown argument $1; usage: NANOCHAT_DATA=folder bash runs/squad.sh [--minutes 60]" >&2; exit 2 ;;
+    esac
+done
+: "${NANOCHAT_DATA:?error: set NANOCHAT_DATA to the folder with the data files (see the top of runs/squad.sh)}"
+for file in wiki_core.jsonl.gz wiki_2018plus.jsonl.gz dolly15k.jsonl.gz squad11_train.json.gz squad11_dev.json.gz; do
+    [ -f "$NANOCHAT_DATA/$file" ] || { echo "error: $NANOCHAT_DATA/$file is missing" >&2; exit 2; }
+done
+source runs/_setup.sh
+setup
+export NANOCHAT_BASE_DIR=$PWD/data/squad_run
+squad=data/squad_run/squad
+share() { python -c "print(round($minutes * $1, 2))"; }
+
+python -m scripts.prepare_rag_dataset --mode squad --input "$NANOCHAT_DATA/squad11_train.json.gz" \
+    --dev_input "$NANOCHAT_DATA/squad11_dev.json.gz" --output $squad --retriever_type bm25
+wiki=$NANOCHAT_DATA/wiki_core.jsonl.gz,$NANOCHAT_DATA/wiki_2018plus.jsonl.gz
+python -m scripts.tok_train --input "$wiki" --vocab_size 4096 --max_chars 60000000
+python -m scripts.base_train configs/squad_base.py --input "$wiki" --max_minutes "$(share 0.25)"
+python -m scripts.chat_sft configs/squad_sft.py --dolly_path "$NANOCHAT_DATA/dolly15k.jsonl.gz" --max_minutes "$(share 0.05)"
+python -m scripts.rag_finetune configs/squad_rag.py --knowledge_base $squad/knowledge_base \
+    --queries $squad/queries/train.jsonl --val_queries $squad/queries/val.jsonl --max_minutes "$(share 0.7)"
+python -m scripts.rag_eval --knowledge_base $squad/test_knowledge_base --queries $squad/queries/test.jsonl \
+    --num_questions 2000 --output data/squad_run/eval --json

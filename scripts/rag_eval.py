@@ -1,0 +1,172 @@
+"""Answer the same questions closed book, from retrieved documents and from the gold documents, and compare.
+
+    python -m scripts.rag_eval --knowledge_base data/rag_examples/knowledge_base \
+        --queries data/rag_examples/queries/test.jsonl
+
+EM and F1 as in SQuAD (nanochat/metrics.py). One table, and the same as JSON beside it and, with --json, as the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, atomic_write_text, compute_init, print0, run_main
+from nanochat.config import config_to_dict, format_config, load_config
+from nanochat.conversation import answer_text, render_prompt
+from nanochat.engine import Engine
+from nanochat.metrics import exact_match, f1, recall_at_k
+from nanochat.retrieval import RetrievalManager
+from nanochat.retrieval.document import read_queries, write_jsonl
+from nanochat.training import autocast, resolve_dtype
+
+SYSTEMS = ("closed", "rag", "gold")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Evaluate a model's answers with and without documents."""
+
+    knowledge_base: Path
+    """Directory of the knowledge base."""
+    queries: Path
+    """Questions with answers and gold documents (queries/test.jsonl)."""
+    source: str = "rag"
+    """Checkpoint to evaluate: rag, mid or base."""
+    model_tag: str = ""
+    """Name of the model's checkpoint folder; by default the newest."""
+    retriever_type: str = ""
+    """simple, bm25, dense or hybrid; by default the one the base was built with."""
+    top_k: int = 5
+    """Documents retrieved for a question."""
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
+    """closed: no documents; rag: the retrieved ones; gold: the gold ones only. Separated by commas."""
+    num_questions: int = -1
+    """A fixed random sample of this many questions; -1: all."""
+    seed: int = 0
+    """Seed of that sample."""
+    max_tokens: int = 32
+    """Longest answer in tokens."""
+    max_doc_length: int = 500
+    """Longest document in tokens; the rest is cut."""
+    batch_size: int = 32
+    """Questions answered at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: str = "auto"
+    """auto, float32 or bfloat16."""
+    output: Path | None = None
+    """Directory for results.json, table.md and the predictions; by default beside the queries, eval/<source>-<tag>."""
+    json: bool = False
+    """Print the figures as one JSON object in the last line."""
+
+
+def contexts(system: str, queries: list[dict], manager: RetrievalManager, top_k: int) -> list[list[Any]]:
+    """The documents a system shows for each question."""
+    if system == "closed":
+        return [[] for _ in queries]
+    if system == "rag":
+        return manager.search([q["query"] for q in queries], top_k)
+    store = manager.retriever.documents
+    missing = next((i for q in queries for i in q["doc_ids"] if i not in store), None)
+    if missing is not None:
+        raise UserError(f"gold document {missing!r} is not in the knowledge base: build it from the queries' documents")
+    return [[store[int(row)] for row in store.rows(q["doc_ids"])] for q in queries]
+
+
+def evaluate_system(
+    engine: Engine, queries: list[dict], documents: list[list[Any]], config: Config, max_prompt_tokens: int
+) -> tuple[dict[str, float], list[str]]:
+    """Mean EM and F1 (shares), seconds a question for generation, and the answers."""
+    prompts = []
+    for query, shown in zip(queries, documents, strict=True):
+        messages: list[dict[str, Any]] = [{"role": "user", "content": query["query"]}]
+        if shown:
+            messages.insert(0, {"role": "retrieval", "documents": [d.to_dict() for d in shown]})
+        prompts.append(
+            render_prompt({"messages": messages}, engine.tokenizer, max_prompt_tokens, config.max_doc_length)
+        )
+    began = time.perf_counter()
+    with autocast(engine.model.device, resolve_dtype(config.dtype, engine.model.device)):
+        generated = engine.generate_batch(prompts, config.max_tokens, batch_size=config.batch_size)
+    seconds = time.perf_counter() - began
+    answers = [answer_text(ids, engine.tokenizer) for ids in generated]
+    scores = {
+        "em": sum(exact_match(a, q["answers"]) for a, q in zip(answers, queries, strict=True)) / len(queries),
+        "f1": sum(f1(a, q["answers"]) for a, q in zip(answers, queries, strict=True)) / len(queries),
+        "seconds_per_question": seconds / len(queries),
+        "prompt_tokens": sum(map(len, prompts)) / len(prompts),
+    }
+    return scores, answers
+
+
+def main() -> None:
+    config = load_config(Config)
+    print0(format_config(config))
+    if unknown := [s for s in config.systems if s not in SYSTEMS]:
+        raise UserError(f"unknown system {unknown[0]!r}: there are {', '.join(SYSTEMS)}")
+    compute = compute_init(config.device, config.seed)
+    queries = [q for q in read_queries(config.queries) if q["answers"]]
+    if not queries:
+        raise UserError(f"{config.queries}: no question has an answer to compare with")
+    if 0 <= config.num_questions < len(queries):
+        queries = random.Random(config.seed).sample(queries, config.num_questions)
+    manager = RetrievalManager(config.retriever_type or None, config.knowledge_base)
+    model, tokenizer, meta = load_model(config.source, compute.device, "eval", config.model_tag)
+    engine = Engine(model, tokenizer)
+    room = meta["training_config"]["max_seq_len"] - config.max_tokens
+    results: dict[str, dict[str, float]] = {}
+    predictions: dict[str, list[str]] = {}
+    for system in config.systems:
+        began = time.perf_counter()
+        documents = contexts(system, queries, manager, config.top_k)
+        searched = time.perf_counter() - began
+        scores, predictions[system] = evaluate_system(engine, queries, documents, config, room)
+        if system == "rag":
+            scores["search_seconds_per_question"] = searched / len(queries)
+            for k in sorted({1, 5, 10} | {config.top_k}):
+                if k <= config.top_k:
+                    found = [recall_at_k([d.id for d in shown], q["doc_ids"], k)
+                             for shown, q in zip(documents, queries, strict=True)]
+                    scores[f"recall_at_{k}"] = sum(found) / len(found)
+        results[system] = scores
+        print0(f"{system}: EM {scores['em']:.3f}, F1 {scores['f1']:.3f}")
+    output = config.output or config.queries.parent / "eval" / f"{config.source}-{meta['model_tag']}"
+    table = format_table(results, len(queries), config.top_k, manager.retriever_type)
+    print0("\n" + table)
+    figures = {f"{s}_{k}" if not k.startswith("recall") else k: v for s, r in results.items() for k, v in r.items()}
+    figures["n"] = len(queries)
+    report = {"figures": figures, "config": config_to_dict(config), "checkpoint": meta["directory"]}
+    atomic_write_text(output / "results.json", json.dumps(report, indent=2))
+    atomic_write_text(output / "table.md", table + "\n")
+    write_jsonl(
+        output / "predictions.jsonl",
+        (
+            {"id": q["id"], "query": q["query"], "answers": q["answers"], **{s: predictions[s][i] for s in predictions}}
+            for i, q in enumerate(queries)
+        ),
+    )
+    print0(f"\nwrote {output}/results.json, table.md and predictions.jsonl")
+    if config.json:
+        print0(json.dumps({"figures": figures}))
+
+
+def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retriever: str) -> str:
+    names = {"closed": "closed book", "rag": f"{retriever} top-{top_k}", "gold": "gold documents"}
+    lines = [f"| {n} questions | EM | F1 | recall@{top_k} | prompt tokens | s / question |", "|---|---|---|---|---|---|"]
+    for system, r in results.items():
+        recall = f"{r[f'recall_at_{top_k}']:.3f}" if system == "rag" else "-"
+        seconds = r["seconds_per_question"] + r.get("search_seconds_per_question", 0)
+        lines.append(
+            f"| {names[system]} | {r['em']:.3f} | {r['f1']:.3f} | {recall} | {r['prompt_tokens']:.0f} | {seconds:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,179 @@
+"""Teach a model to answer from retrieved documents. Its checkpoints are of source "rag".
+
+    torchrun --standalone --nproc_per_node=8 -m scripts.rag_finetune configs/rag_hybrid_d20.py --top_k 5
+    python -m scripts.rag_finetune --knowledge_base data/rag_examples/knowledge_base \
+        --queries data/rag_examples/queries/train.jsonl --base_tasks "" --source mid
+
+Training examples come from a queries file (gold documents among retrieved distractors, RAFT: arXiv 2403.10131) and from
+base tasks, whose questions get retrieved documents. Very small models learn lookup over few documents first: --curriculum.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_checkpoint
+from nanochat.common import Compute, UserError, compute_cleanup, compute_init, print0, run_main
+from nanochat.config import format_config, load_config
+from nanochat.model.lm import HybridLM
+from nanochat.packing import PackedBatches
+from nanochat.retrieval import RetrievalManager
+from nanochat.retrieval.document import read_queries
+from nanochat.tokenizer import Tokenizer
+from nanochat.training import Phase, TrainConfig, mean_loss, rows_per_step, train
+from tasks.common import load_tasks, render_examples
+from tasks.rag import RAGTask, RetrievalTask
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    """Fine-tune a hybrid model to answer from retrieved documents."""
+
+    knowledge_base: Path
+    """Directory of the knowledge base (python -m nanochat.retrieval builds one)."""
+    source: str = "mid"
+    """Checkpoint to start from: mid or base."""
+    step: int | None = None
+    """Step of that checkpoint; by default the newest."""
+    retriever_type: str = "simple"
+    """simple, bm25, dense or hybrid."""
+    top_k: int = 5
+    """Documents in a context."""
+    queries: list[Path] = field(default_factory=list)
+    """Question files (queries/train.jsonl), separated by commas."""
+    val_queries: Path | None = None
+    """Questions for validation; by default a tenth of the queries, at most 200, is held out."""
+    base_tasks: list[str] = field(default_factory=lambda: ["SmolTalk"])
+    """Chat tasks whose questions get retrieved documents: SmolTalk, Dolly, separated by commas; empty for none."""
+    task_samples: int = -1
+    """Conversations taken of each base task; -1: all."""
+    smoltalk_path: Path | None = None
+    """A local copy of SmolTalk (.jsonl)."""
+    dolly_path: Path | None = None
+    """The file of Dolly 15k."""
+    questions_per_context: int = 1
+    """Questions asked of the same documents in one talk; more of them means more learned tokens for each token read."""
+    curriculum: list[str] = field(default_factory=list)
+    """Stages as documents:share of the training, like "1:0.2,2:0.2,5:0.6"; empty: top_k all along."""
+    max_doc_length: int = 500
+    """Longest document in tokens; the rest is cut."""
+    block_pattern: str = ""
+    """The pattern the checkpoint must have; empty: any with Mamba blocks."""
+    allow_transformer: bool = False
+    """Accept a model without Mamba blocks (a baseline)."""
+    device_batch_size: int = 4
+    """Rows in one forward pass on one device."""
+    max_seq_len: int = 4096
+    """Length of a training row in tokens."""
+    init_lr_frac: float = 0.1
+    """Scales every learning rate; 1 for very small models that still have to learn lookup."""
+
+
+def check_pattern(model: HybridLM, config: Config) -> None:
+    """RAG here is for models with Mamba blocks; a Transformer is let through only as a baseline."""
+    pattern = model.config.block_pattern
+    wanted = config.block_pattern.replace(",", "").upper()
+    if wanted and wanted != pattern:
+        raise UserError(
+            f"the checkpoint's block_pattern is {','.join(pattern)}, not {config.block_pattern}: train one with "
+            f"python -m scripts.base_train --block_pattern {config.block_pattern}, or leave --block_pattern out"
+        )
+    if "M" not in pattern and not config.allow_transformer:
+        mixed = ",".join("MT"[i % 2] for i in range(max(2, len(pattern))))
+        raise UserError(
+            f"block_pattern {','.join(pattern)} has no Mamba block; train a base model with one that has, such as "
+            f"--block_pattern {mixed}, or use --allow_transformer for a baseline"
+        )
+
+
+def parse_curriculum(stages: list[str], top_k: int) -> list[tuple[int, float]]:
+    """[(documents, share)], shares adding up to 1."""
+    if not stages:
+        return [(top_k, 1.0)]
+    try:
+        parsed = [(int(s.split(":")[0]), float(s.split(":")[1])) for s in stages]
+    except (ValueError, IndexError):
+        raise UserError(f'--curriculum {",".join(stages)}: write it as "1:0.2,2:0.2,5:0.6"') from None
+    total = sum(share for _, share in parsed)
+    if any(k < 1 or share <= 0 for k, share in parsed) or abs(total - 1) > 0.01:
+        raise UserError(f"--curriculum {','.join(stages)}: at least one document a stage, and shares that add up to 1")
+    return [(k, share / total) for k, share in parsed]
+
+
+def make_phases(
+    tasks: list, tokenizer: Tokenizer, config: Config, rows: int
+) -> list[Phase]:
+    """One phase per stage of the curriculum, each with fresh shuffles of the examples it needs."""
+    order = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
+    phases, epochs = [], count()
+    for top_k, share in parse_curriculum(config.curriculum, config.top_k):
+        # with num_steps, enough examples are rendered to fill its share of the steps without a repeat
+        wanted = None if config.num_steps < 0 else max(1, round(share * config.num_steps))
+        examples = round(share * config.num_epochs * len(order))
+        room = float("inf") if wanted is None else wanted * rows * config.max_seq_len
+
+        def conversations(examples=examples, top_k=top_k, wanted=wanted):
+            made = 0
+            while wanted is not None or made < examples:
+                epoch = next(epochs)
+                shuffled = order.copy()
+                random.Random(f"{config.seed}/{epoch}").shuffle(shuffled)
+                for t, i in shuffled:
+                    if wanted is None and made >= examples:
+                        return
+                    made += 1
+                    yield tasks[t].conversation(i, epoch, top_k)
+
+        data, counts = render_examples(conversations(), tokenizer, config.max_seq_len, config.max_doc_length, room)
+        print0(f"train, {top_k} documents: {counts}")
+        batches = PackedBatches(data, config.max_seq_len, rows, config.seed)
+        phases.append(Phase(f"{top_k}-doc", batches, wanted or max(1, batches.steps_per_epoch())))
+    return phases
+
+
+def main() -> None:
+    config = load_config(Config)
+    print0(format_config(config))
+    compute: Compute = compute_init(config.device, config.seed)
+    tag = find_model_tag(config.source, config.model_tag)
+    model, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), config.step, compute.device)
+    check_pattern(model, config)
+    manager = RetrievalManager(config.retriever_type, config.knowledge_base)
+    queries = [q for path in config.queries for q in read_queries(path)]
+    base = load_tasks(
+        config.base_tasks, {"smoltalk": config.smoltalk_path, "dolly": config.dolly_path}, config.task_samples
+    )
+    if not queries and not base:
+        raise UserError("nothing to train on: give --queries FILE or --base_tasks")
+    val_queries = read_queries(config.val_queries) if config.val_queries else []
+    if queries and not val_queries:
+        random.Random(config.seed).shuffle(queries)
+        held_out = min(200, len(queries) // 10)
+        val_queries, queries = queries[:held_out], queries[held_out:]
+    tasks: list[RAGTask | RetrievalTask] = []
+    if queries:
+        tasks.append(RAGTask(queries, manager, config.top_k, config.questions_per_context, config.seed))
+    if base:
+        tasks.append(RetrievalTask(base, manager, config.top_k))
+    rows = rows_per_step(config, compute.world_size)
+    phases = make_phases(tasks, tokenizer, config, rows)
+    evaluate = None
+    if val_queries:
+        val_task = RAGTask(val_queries[:1000], manager, config.top_k, config.questions_per_context, config.seed)
+        data, counts = render_examples(val_task, tokenizer, config.max_seq_len, config.max_doc_length)
+        print0(f"val, {config.top_k} documents: {counts}")
+        val = PackedBatches(data, config.max_seq_len, rows, config.seed)
+
+        def evaluate() -> dict[str, float]:
+            return {"val_loss": mean_loss(model, val, min(8, val.steps_per_epoch()), config, compute)}
+
+    meta = {"top_k": config.top_k, "retriever_type": config.retriever_type}
+    train(model, tokenizer, phases, config, compute, checkpoint_root("rag", tag), evaluate, meta)
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Tasks turn data into conversations."""

@@ -1,0 +1,128 @@
+"""RAG conversations: retrieved documents, a question, its answer.
+
+From a queries file, a context holds the question's gold documents and the best retrieved others as distractors, in
+random order. From a base task (any conversations), the retrieved documents go before the last question. Retrieval runs
+once for the whole set, in batches, and is kept by content, so that training never waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from nanochat.common import UserError, atomic_write_text, get_base_dir, print0
+from nanochat.retrieval import Document, RetrievalManager
+from tasks.common import Conversation
+
+
+def retrieve_all(manager: RetrievalManager, queries: Sequence[str], top_k: int) -> list[list[str]]:
+    """Ids of the best documents for each query, from $NANOCHAT_BASE_DIR/retrieved if this was asked before."""
+    base = manager.knowledge_base
+    key_parts = [base.manifest if base else None, manager.retriever_type, manager.retriever.settings(), top_k, *queries]
+    key = hashlib.sha256(json.dumps(key_parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    file = get_base_dir() / "retrieved" / f"{key}.json"
+    if base is not None and file.exists():
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            pass  # damaged: search again
+    found: list[list[str]] = []
+    for start in range(0, len(queries), 1024):
+        found += [[d.id for d in docs] for docs in manager.search(list(queries[start : start + 1024]), top_k)]
+    if base is not None:
+        atomic_write_text(file, json.dumps(found))
+    return found
+
+
+class RAGTask:
+    """Conversations from questions with gold documents.
+
+    queries: by the Query contract; those without an answer or a gold document are left out. top_k: documents in a
+    context. questions_per_context: how many further questions that the same documents answer follow as turns of the
+    same talk, which gives more learned tokens for each document read.
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[dict[str, Any]],
+        manager: RetrievalManager,
+        top_k: int = 5,
+        questions_per_context: int = 1,
+        seed: int = 0,
+    ):
+        self.queries = [q for q in queries if q["answers"] and q["doc_ids"]]
+        if not self.queries:
+            raise UserError("none of the queries has both an answer and a gold document: nothing to train on")
+        self.store, self.top_k, self.seed = manager.retriever.documents, top_k, seed
+        self.questions_per_context = questions_per_context
+        missing = next((q for q in self.queries for i in q["doc_ids"] if i not in self.store), None)
+        if missing is not None:
+            raise UserError(
+                f"query {missing['id']!r} names the document {missing['doc_ids']}, which the knowledge base does not "
+                "hold: build the base from the same documents as the queries"
+            )
+        self.found = retrieve_all(manager, [q["query"] for q in self.queries], top_k + 1)
+        self.asked_of: dict[str, list[int]] = defaultdict(list)  # document -> the questions it alone answers
+        for i, query in enumerate(self.queries):
+            if len(query["doc_ids"]) == 1:
+                self.asked_of[query["doc_ids"][0]].append(i)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.conversation(index)
+
+    def context(self, index: int, rng: random.Random, top_k: int) -> list[str]:
+        """Document ids: the gold ones, and the best retrieved others up to top_k, shuffled."""
+        gold = list(dict.fromkeys(self.queries[index]["doc_ids"]))
+        others = [i for i in self.found[index] if i not in gold]
+        ids = gold + others[: max(0, top_k - len(gold))]
+        rng.shuffle(ids)
+        return ids
+
+    def conversation(self, index: int, epoch: int = 0, top_k: int | None = None) -> Conversation:
+        """The index-th example; another epoch shuffles documents and further questions anew."""
+        rng = random.Random(f"{self.seed}/{epoch}/{index}")
+        ids = self.context(index, rng, top_k or self.top_k)
+        more = [i for doc in ids for i in self.asked_of[doc] if i != index]
+        rng.shuffle(more)
+        asked = [index, *more[: self.questions_per_context - 1]]
+        rng.shuffle(asked)
+        documents = [self.store[int(row)].to_dict(with_score=False) for row in self.store.rows(ids)]
+        messages: list[dict[str, Any]] = [{"role": "retrieval", "documents": documents}]
+        for i in asked:
+            messages.append({"role": "user", "content": self.queries[i]["query"]})
+            messages.append({"role": "assistant", "content": self.queries[i]["answers"][0]})
+        return {"messages": messages, "metadata": {"query": self.queries[index]["id"]}}
+
+
+class RetrievalTask:
+    """A base task's conversations with the documents found for the last question put before it."""
+
+    def __init__(self, base: Sequence[Conversation], manager: RetrievalManager, top_k: int = 5):
+        self.base, self.top_k = base, top_k
+        self.store = manager.retriever.documents
+        self.at = [max((i for i, m in enumerate(c["messages"]) if m["role"] == "user"), default=None) for c in base]
+        if any(i is None for i in self.at):
+            raise UserError("a conversation of the base tasks has no user message: there is nothing to search for")
+        questions = [c["messages"][i]["content"] for c, i in zip(base, self.at, strict=True)]
+        self.found = retrieve_all(manager, questions, top_k)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.conversation(index)
+
+    def conversation(self, index: int, epoch: int = 0, top_k: int | None = None) -> Conversation:
+        ids = self.found[index][: top_k or self.top_k]
+        documents: list[Document] = [self.store[int(row)] for row in self.store.rows(ids)]
+        messages = list(self.base[index]["messages"])
+        shown = [d.to_dict(with_score=False) for d in documents]
+        messages.insert(self.at[index], {"role": "retrieval", "documents": shown})
+        return {"messages": messages}

@@ -1,0 +1,412 @@
+"""The knowledge base's life: built, changed, killed, damaged, and what a user is told each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from nanochat.common import UserError
+from nanochat.retrieval import Document, RetrievalManager
+from nanochat.retrieval.document import read_documents
+from nanochat.retrieval.knowledge_base import (
+    add_documents,
+    build_knowledge_base,
+    delete_documents,
+    open_knowledge_base,
+)
+
+TYPES = ["simple", "bm25", "dense", "hybrid"]
+
+
+class Encoder:
+    name = "letters"
+
+    def __init__(self, fingerprint: str = "letters-1"):
+        self.fingerprint = fingerprint
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        return np.array([[text.lower().count(letter) + 0.01 for letter in letters] for text in texts])
+
+
+def documents(count: int = 8, first: int = 0) -> list[Document]:
+    return [Document(f"d{n}", f"Title {n}", f"common word{n} text") for n in range(first, first + count)]
+
+
+def encoder_for(retriever_type: str) -> dict:
+    return {"encoder": Encoder()} if retriever_type in ("dense", "hybrid") else {}
+
+
+def build(path, retriever_type="bm25", count=8, **settings):
+    return build_knowledge_base(documents(count), path, retriever_type, **encoder_for(retriever_type), **settings)
+
+
+def ids(path, query="common", top_k=100, **settings):
+    retriever = open_knowledge_base(path, verify=True).retriever(**settings)
+    return sorted(document.id for document in retriever.search([query], top_k)[0])
+
+
+# --- building and changing
+
+
+@pytest.mark.parametrize("retriever_type", TYPES)
+def test_a_built_base_answers_as_the_retriever_in_memory(tmp_path, retriever_type):
+    build(tmp_path / "kb", retriever_type)
+    settings = encoder_for(retriever_type)
+    loaded = RetrievalManager(knowledge_base_path=tmp_path / "kb", **settings)
+    memory = RetrievalManager(retriever_type, documents=documents(), **settings)
+    assert loaded.retriever_type == retriever_type and len(loaded) == len(memory) == 8
+    queries = ["word3", "common text", "title 5"]
+    assert loaded.search(queries, 8) == memory.search(queries, 8)
+
+
+@pytest.mark.parametrize("retriever_type", TYPES)
+def test_adds_and_deletes_make_new_versions(tmp_path, retriever_type):
+    settings = encoder_for(retriever_type)
+    build(tmp_path, retriever_type)
+    added = add_documents(tmp_path, [*documents(2, first=8), Document("d0", "", "common replaced")], **settings)
+    assert (added.version, len(added)) == ("v0002", 10)
+    assert ids(tmp_path, **settings) == sorted(f"d{n}" for n in range(10))
+    deleted = delete_documents(tmp_path, ["d1", "d9"], **settings)
+    assert (deleted.version, len(deleted)) == ("v0003", 8)
+    assert ids(tmp_path, **settings) == ["d0", *(f"d{n}" for n in range(2, 9))]
+    # only the living documents are in the file, the last two versions in the directory
+    assert {document.id for document in read_documents(deleted.directory / "documents.jsonl")} == {"d0"} | {
+        f"d{n}" for n in range(2, 9)
+    }
+    assert sorted(name for name in os.listdir(tmp_path) if name[0] != ".") == ["CURRENT", "v0002", "v0003"]
+
+
+def test_a_change_that_fails_leaves_the_base_as_it_was(tmp_path):
+    build(tmp_path)
+    with pytest.raises(UserError, match="'nobody'"):
+        delete_documents(tmp_path, ["nobody"])
+    with pytest.raises(UserError, match="twice"):
+        add_documents(tmp_path, [Document("x", "", "y"), Document("x", "", "y")])
+    assert open_knowledge_base(tmp_path, verify=True).version == "v0001" and len(ids(tmp_path)) == 8
+    assert sorted(os.listdir(tmp_path)) == [".lock", "CURRENT", "v0001"]
+
+
+def test_an_old_reader_goes_on_reading_its_version(tmp_path):
+    old = build(tmp_path).retriever()
+    delete_documents(tmp_path, ["d1"])
+    delete_documents(tmp_path, ["d2"])  # by now the files that the reader has open are removed
+    assert len(old.search(["common"], 100)[0]) == 8 and len(ids(tmp_path)) == 6
+
+
+def test_unchanged_files_are_shared_and_changed_ones_are_not(tmp_path):
+    first = build(tmp_path, "bm25")
+    second = build(tmp_path, "simple")
+    third = add_documents(tmp_path, documents(1, first=8))
+
+    def inode(knowledge_base, name):
+        return (knowledge_base.directory / name).stat().st_ino
+
+    assert len({inode(knowledge_base, "offsets.npy") for knowledge_base in (second, third)}) == 2
+    assert second.manifest["files"]["documents.jsonl"] == first.manifest["files"]["documents.jsonl"]
+    fourth = build_knowledge_base(third.documents, tmp_path, "bm25")
+    assert inode(third, "documents.jsonl") == inode(fourth, "documents.jsonl")
+    assert len(ids(tmp_path)) == 9
+
+
+def test_a_damaged_file_is_not_shared(tmp_path):
+    first = build(tmp_path)
+    file = first.directory / "documents.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"common", b"Common"))
+    build(tmp_path)
+    assert len(ids(tmp_path)) == 8
+
+
+def test_the_manifest_says_what_the_base_is(tmp_path):
+    knowledge_base = build(tmp_path, "hybrid", k1=1.2, alpha=0.7)
+    manifest = json.loads((knowledge_base.directory / "manifest.json").read_text())
+    assert manifest["format_version"] == 1 and manifest["retriever"] == "hybrid"
+    assert manifest["settings"]["k1"] == 1.2 and manifest["settings"]["alpha"] == 0.7
+    assert manifest["embedding"] == {"model": "letters", "dimension": 26, "hash": "letters-1"}
+    assert manifest["counts"] == {"documents": 8}
+    on_disk = {
+        file.relative_to(knowledge_base.directory).as_posix()
+        for file in knowledge_base.directory.rglob("*")
+        if file.is_file()
+    }
+    assert on_disk - {"manifest.json"} == set(manifest["files"])
+    assert {"bm25/docs.npy", "embeddings.npy", "documents.jsonl", "offsets.npy"} <= on_disk
+
+
+def test_saved_settings_come_back_and_given_ones_win(tmp_path):
+    build(tmp_path, "bm25", k1=0.5)
+    knowledge_base = open_knowledge_base(tmp_path)
+    assert knowledge_base.retriever().k1 == 0.5
+    assert knowledge_base.retriever(k1=2.0).k1 == 2.0
+    with pytest.raises(UserError, match=r"built with stem=True.*--type bm25"):
+        knowledge_base.retriever(stem=False)
+
+
+def test_an_empty_base_opens_and_grows(tmp_path):
+    for retriever_type in TYPES:
+        path, settings = tmp_path / retriever_type, encoder_for(retriever_type)
+        build(path, retriever_type, count=0)
+        assert ids(path, **settings) == []
+        add_documents(path, documents(2), **settings)
+        assert ids(path, **settings) == ["d0", "d1"]
+
+
+def test_nothing_is_pickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    knowledge_base = build(tmp_path / "kb")
+    file = knowledge_base.directory / "bm25" / "docs.npy"
+    np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
+    manifest_file = knowledge_base.directory / "manifest.json"
+    manifest = json.loads(manifest_file.read_text())
+    manifest["files"]["bm25/docs.npy"]["size"] = file.stat().st_size
+    manifest_file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="damaged"):
+        open_knowledge_base(tmp_path / "kb").retriever()
+    assert not (tmp_path / "trapped").exists()
+
+
+# --- other retrievers than the one that was built
+
+
+def test_words_only_retrievers_are_built_in_memory_with_a_note(tmp_path, capsys):
+    build(tmp_path, "bm25")
+    manager = RetrievalManager("simple", tmp_path)
+    assert manager.retriever_type == "simple" and manager.retrieve("word3", 1)[0].id == "d3"
+    assert capsys.readouterr().out.count("note:") == 1
+
+
+def test_a_hybrid_base_gives_its_parts(tmp_path, capsys):
+    build(tmp_path, "hybrid")
+    assert RetrievalManager("bm25", tmp_path).retrieve("word3", 1)[0].id == "d3"
+    assert RetrievalManager("dense", tmp_path, encoder=Encoder()).retrieve("word3", 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dense_base_gives_hybrid_without_encoding_again(tmp_path, capsys):
+    build(tmp_path, "dense")
+    encoder = Encoder()
+    found = RetrievalManager("hybrid", tmp_path, encoder=encoder).search(["word3", "common text"], 8)
+    assert found == RetrievalManager("hybrid", documents=documents(), encoder=encoder).search(
+        ["word3", "common text"], 8
+    )
+    assert "building 'hybrid' in memory" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another embedding model"):
+        RetrievalManager("hybrid", tmp_path, encoder=Encoder("letters-2"))
+
+
+@pytest.mark.parametrize("wanted", ["dense", "hybrid"])
+def test_embeddings_that_were_not_built_are_refused(tmp_path, wanted):
+    version = build(tmp_path, "bm25").directory
+    with pytest.raises(UserError) as error:
+        RetrievalManager(wanted, tmp_path, encoder=Encoder())
+    assert f"--documents {version}/documents.jsonl --output {tmp_path} --type {wanted}" in str(error.value)
+
+
+@pytest.mark.parametrize("retriever_type", ["dense", "hybrid"])
+def test_another_embedding_model_is_refused(tmp_path, retriever_type):
+    build(tmp_path, retriever_type)
+    with pytest.raises(UserError, match=f"another embedding model.*--type {retriever_type} --model letters"):
+        RetrievalManager(knowledge_base_path=tmp_path, encoder=Encoder("letters-2"))
+
+
+# --- what is wrong with a base
+
+
+def test_a_missing_base_is_told(tmp_path):
+    with pytest.raises(UserError, match=rf"no knowledge base at {tmp_path}/none; .*--output {tmp_path}/none"):
+        open_knowledge_base(tmp_path / "none")
+
+
+def test_another_directory_or_file_is_told_and_not_touched(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(UserError, match="not a knowledge base"):
+        open_knowledge_base(tmp_path)
+    with pytest.raises(UserError, match="not a knowledge base"):
+        open_knowledge_base(tmp_path / "precious.txt")
+    with pytest.raises(UserError, match="is not a knowledge base"):
+        build(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        build(tmp_path / "precious.txt")
+    assert os.listdir(tmp_path) == ["precious.txt"]
+
+
+def test_a_version_given_for_the_base_is_told(tmp_path):
+    with pytest.raises(UserError, match=f"give the base itself: {tmp_path}"):
+        open_knowledge_base(build(tmp_path).directory)
+
+
+def test_a_half_built_base_is_told_and_can_be_built_again(tmp_path):
+    build(tmp_path)
+    (tmp_path / "CURRENT").unlink()
+    with pytest.raises(UserError, match=f"not finished.*--output {tmp_path}"):
+        open_knowledge_base(tmp_path)
+    build(tmp_path)
+    assert len(ids(tmp_path)) == 8
+
+
+def test_another_format_version_is_told(tmp_path):
+    file = build(tmp_path).directory / "manifest.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(UserError, match=r"format version 99.*v0001/documents.jsonl --output"):
+        open_knowledge_base(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "grown", "manifest", "manifest is no object", "CURRENT"])
+def test_damage_is_told_at_once(tmp_path, damage):
+    directory = build(tmp_path).directory
+    file = directory / "bm25" / "counts.npy"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "grown":
+        file.write_bytes(file.read_bytes() + b"x")
+    elif damage == "manifest":
+        (directory / "manifest.json").write_text("{")
+    elif damage == "manifest is no object":
+        (directory / "manifest.json").write_text("[]")
+    else:
+        (tmp_path / "CURRENT").write_text("../../etc\n")
+    with pytest.raises(UserError, match=rf"build it again: python -m nanochat.retrieval .*--output {tmp_path}"):
+        open_knowledge_base(tmp_path)
+
+
+def test_a_flipped_bit_is_found_by_verify(tmp_path):
+    knowledge_base = build(tmp_path)
+    for name in knowledge_base.manifest["files"]:
+        file = knowledge_base.directory / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{name} does not have its checksum"):
+            open_knowledge_base(tmp_path, verify=True)
+        file.write_bytes(content)
+    open_knowledge_base(tmp_path, verify=True)
+
+
+def test_damaged_documents_are_not_offered_as_the_source(tmp_path):
+    file = build(tmp_path).directory / "documents.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"--documents DOCUMENTS.jsonl"):
+        open_knowledge_base(tmp_path)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    build(tmp_path)
+    with open(tmp_path / ".lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing"):
+            delete_documents(tmp_path, ["d1"])
+    assert len(ids(tmp_path)) == 8
+
+
+def test_a_failed_first_build_leaves_nothing(tmp_path):
+    class Broken(Encoder):
+        def encode(self, texts):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        build_knowledge_base(documents(), tmp_path / "kb", "dense", encoder=Broken())
+    assert not (tmp_path / "kb").exists()
+
+
+# --- kill -9
+
+KILLED_BUILD = """
+    import os, signal, sys
+    path, number = sys.argv[1], int(sys.argv[2])
+    calls = 0
+
+    def counted(name):
+        original = getattr(os, name)
+        def call(*args, **kwargs):
+            global calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+        setattr(os, name, call)
+
+    from nanochat.retrieval.document import Document
+    from nanochat.retrieval.knowledge_base import build_knowledge_base
+    for name in ("fsync", "rename", "replace", "link"):
+        counted(name)
+    build_knowledge_base([Document(f"n{i}", "", "common new") for i in range(5)], path, "bm25")
+"""
+
+
+def test_killed_build_keeps_old_base(tmp_path):
+    """Killed before the first call that makes something durable, the second, ..., until a build gets through."""
+    build(tmp_path)
+    old, new = [f"d{n}" for n in range(8)], [f"n{n}" for n in range(5)]
+    killed = 0
+    for number in range(1, 100):
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED_BUILD), str(tmp_path), str(number)])
+        found = ids(tmp_path)
+        if done.returncode == 0:
+            assert found == new
+            break
+        assert done.returncode == -signal.SIGKILL
+        killed += 1
+        assert found in (old, new)
+    else:
+        pytest.fail("no build got through")
+    assert killed >= 10
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".building-")]
+
+
+def test_killed_first_build_is_told_as_half_built(tmp_path):
+    path = tmp_path / "kb"
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED_BUILD), str(path), "3"])
+    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match=r"not finished; run it again"):
+        open_knowledge_base(path)
+    build(path)
+    assert len(ids(path)) == 8 and sorted(os.listdir(path)) == [".lock", "CURRENT", "v0001"]
+
+
+# --- the manager
+
+
+def test_augmented_conversation_has_the_documents_before_the_last_question():
+    manager = RetrievalManager("bm25", documents=[document.to_dict() for document in documents()])
+    conversation = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "word1?"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "word2?"},
+        ],
+        "metadata": {"id": 1},
+    }
+    before = json.dumps(conversation)
+    augmented = manager.augment_conversation(conversation, top_k=2)
+    assert json.dumps(conversation) == before
+    roles = [message["role"] for message in augmented["messages"]]
+    assert roles == ["system", "user", "assistant", "retrieval", "user"]
+    assert augmented["messages"][3]["documents"][0]["id"] == "d2"
+    assert augmented["messages"][3]["documents"][0]["score"] > 0
+    assert augmented["metadata"] == {"id": 1}
+    nothing = manager.augment_conversation({"messages": [{"role": "user", "content": "zzz"}]})
+    assert nothing["messages"][0] == {"role": "retrieval", "documents": []}
+    with pytest.raises(UserError, match="no user message"):
+        manager.augment_conversation({"messages": []})
+
+
+def test_manager_needs_one_source(tmp_path):
+    with pytest.raises(UserError, match="one of them"):
+        RetrievalManager("bm25")
+    with pytest.raises(UserError, match="one of them"):
+        RetrievalManager("bm25", tmp_path, documents=[])
+    build(tmp_path)
+    assert len(RetrievalManager("bm25", knowledge_base=tmp_path)) == 8

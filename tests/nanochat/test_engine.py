@@ -1,0 +1,216 @@
+"""The engine against the obvious way to generate: one whole forward pass for every token."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.conversation import answer_ids, answer_text, render_prompt
+from nanochat.engine import Engine, sample
+
+PATTERNS = ["MT", "TT", "MM"]
+
+
+@pytest.fixture
+def engine(small_tokenizer, make_model):
+    return Engine(make_model(small_tokenizer.vocab_size, "MT"), small_tokenizer)
+
+
+def naive(model, prompt, max_tokens, end=None):
+    """Greedy decoding without cache or batch."""
+    ids = list(prompt)
+    for _ in range(max_tokens):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] == end:
+            return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+def prompts_of(lengths, vocab_size):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ragged_batch_equals_rows_alone_and_naive_decoding(pattern, small_tokenizer, make_model):
+    model = make_model(small_tokenizer.vocab_size, pattern).eval()
+    engine = Engine(model, small_tokenizer)
+    prompts = prompts_of([70, 3, 1, 12], small_tokenizer.vocab_size)
+    expected = [naive(model, p, 15, engine.end) for p in prompts]
+    assert len({tuple(e) for e in expected}) > 1
+    assert engine.generate_batch(prompts, max_tokens=15) == expected
+    assert engine.generate_batch(prompts, max_tokens=15, batch_size=2) == expected
+    assert [list(engine.generate(p, max_tokens=15)) for p in prompts] == expected
+
+
+def test_ended_rows_leave_the_batch_and_do_not_disturb_the_others(engine, monkeypatch):
+    """The token a row writes sixth is made its end: rows end at different steps, what they wrote is what they write."""
+    prompts = prompts_of([9, 4, 20, 6, 13], engine.tokenizer.vocab_size)
+    free = [naive(engine.model, p, 12) for p in prompts]
+    engine.end = free[2][5]
+    expected = [ids[: ids.index(engine.end)] if engine.end in ids else ids for ids in free]
+    assert len({len(e) for e in expected}) > 1
+    sizes = []
+    forward = engine.model.forward
+    monkeypatch.setattr(
+        engine.model, "forward", lambda tokens, **kw: sizes.append(len(tokens)) or forward(tokens, **kw)
+    )
+    assert engine.generate_batch(prompts, max_tokens=12) == expected
+    # before each step the batch holds the rows that have not written their end yet
+    steps = min(12, max(map(len, expected)) + 1)
+    assert sizes == [sum(len(e) >= step for e in expected) for step in range(steps)]
+
+
+def test_max_tokens(engine, monkeypatch):
+    (prompt,) = prompts_of([5], engine.tokenizer.vocab_size)
+    forward, calls = engine.model.forward, []
+    monkeypatch.setattr(engine.model, "forward", lambda *a, **kw: calls.append(1) or forward(*a, **kw))
+    for n in (1, 4):
+        calls.clear()
+        assert list(engine.generate(prompt, max_tokens=n)) == naive(engine.model, prompt, n)
+        assert len(calls) == n + n  # the naive loop's and ours: no pass for a token nobody asked for
+    assert engine.generate_batch([], max_tokens=4) == []
+    with pytest.raises(UserError, match="prompt is empty"):
+        list(engine.generate([], max_tokens=4))
+
+
+def test_sampling_follows_temperature_and_top_k():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(temperature, top_k):
+        return sample(logits, temperature, top_k, generator).bincount(minlength=4) / len(logits)
+
+    for temperature in (0.5, 1.0, 2.0):
+        assert (shares(temperature, None) - (logits[0] / temperature).softmax(-1)).abs().max() < 0.015
+    kept = torch.cat([logits[0, :2].softmax(-1), torch.zeros(2)])
+    assert (shares(1.0, 2) - kept).abs().max() < 0.015
+    assert shares(1.0, 1).tolist() == [1, 0, 0, 0]
+    assert shares(0.0, None).tolist() == [1, 0, 0, 0]
+    assert shares(1.0, 100)[3] > 0  # a top_k over the vocabulary keeps all
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(UserError, match="temperature"):
+            sample(logits, bad, None, generator)
+
+
+def test_a_seed_gives_the_same_text_again_and_another_seed_another(engine):
+    (prompt,) = prompts_of([5], engine.tokenizer.vocab_size)
+
+    def run(seed, **kw):
+        return list(engine.generate(prompt, max_tokens=20, temperature=1.0, seed=seed, **kw))
+
+    torch.manual_seed(7)
+    first = run(3)
+    torch.manual_seed(8)  # the global generator has no say
+    assert run(3) == first != run(4)
+    assert run(3, top_k=1) == naive(engine.model, prompt, 20, engine.end)
+
+
+TEXTS = ["plain", "naïve Fluß", "東京タワー", "🙂👩‍👩‍👧 ok", "é", ""]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_text_equals_decoded_text(engine, text):
+    tokenizer = engine.tokenizer
+    as_bytes = [tokenizer.token_bytes.index(bytes([b])) for b in text.encode()]  # every character cut up
+    for ids in (tokenizer.encode(text), as_bytes):
+        pieces = list(engine.stream_text(iter(ids)))
+        assert "".join(pieces) == tokenizer.decode(ids) == text
+        assert all(pieces)
+        assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    if text:  # as soon as possible: the first character comes with its last byte, not later
+        needed = len(text[0].encode())
+        assert next(engine.stream_text(iter(as_bytes[:needed]))) == text[0]
+
+
+def test_streamed_bytes_that_are_no_text_equal_decoded_ones(engine):
+    byte_ids = [engine.tokenizer.token_bytes.index(bytes([b])) for b in range(256)]
+    generator = torch.Generator().manual_seed(0)
+    for length in [1, 2, 3, 5, 8] * 60:
+        # lead and continuation bytes mostly, so that characters begin, break off and end
+        choices = torch.tensor([0x41, 0xC3, 0xE4, 0xF0, 0x9F, 0x80, 0xBF, 0xFF])
+        data = choices[torch.randint(0, 8, (length,), generator=generator)].tolist()
+        ids = [byte_ids[b] for b in data]
+        assert "".join(engine.stream_text(ids)) == engine.tokenizer.decode(ids)
+
+
+def test_answer_ids_stream_what_answer_text_says(engine):
+    t = engine.tokenizer
+    marker = t.special_id
+    ids = [
+        *t.encode(" The bridge"),
+        marker("<|search_start|>"), *t.encode("query"), marker("<|search_end|>"),
+        marker("<|retrieval_start|>"), marker("<|doc_start|>"), *t.encode("found"), marker("<|retrieval_end|>"),
+        marker("<|bos|>"), *t.encode(" is old "),
+        marker("<|assistant_end|>"), *t.encode("beyond"),
+    ]  # fmt: skip
+    assert "".join(engine.stream_text(answer_ids(iter(ids), t))) == " The bridge is old "
+    assert answer_text(ids, t) == "The bridge is old"
+
+
+def test_generate_from_conversation(engine):
+    conversation = {
+        "messages": [
+            {"role": "retrieval", "documents": [{"id": "1", "title": "Bridge", "content": "Built in 1987. " * 30}]},
+            {"role": "user", "content": "When was the bridge built?"},
+        ]
+    }
+    prompt = render_prompt(conversation, engine.tokenizer)
+    expected = naive(engine.model, prompt, 10, engine.end)
+    text, info = engine.generate_from_conversation(conversation, max_tokens=10)
+    assert text == answer_text(expected, engine.tokenizer)
+    assert (info.ids, info.prompt_tokens, info.finish_reason) == (expected, len(prompt), "length")
+    assert 0 < info.first_token_seconds <= info.seconds
+
+    engine.end = expected[4]
+    stopped = expected[: expected.index(engine.end)]
+    _, info = engine.generate_from_conversation(conversation, max_tokens=10)
+    assert (info.ids, info.finish_reason) == (stopped, "stop")
+
+    _, info = engine.generate_from_conversation(conversation, max_tokens=1, max_prompt_tokens=60)
+    assert info.prompt_tokens == len(render_prompt(conversation, engine.tokenizer, 60)) <= 60
+    _, info = engine.generate_from_conversation(conversation, max_tokens=1, max_doc_tokens=7)
+    assert info.prompt_tokens == len(render_prompt(conversation, engine.tokenizer, None, 7))
+    with pytest.raises(UserError, match="question takes"):
+        engine.generate_from_conversation(conversation, max_prompt_tokens=10)
+
+
+def test_generating_leaves_no_graph_and_no_training_mode(engine):
+    engine.model.train()
+    (prompt,) = prompts_of([4], engine.tokenizer.vocab_size)
+    list(engine.generate(prompt, max_tokens=2))
+    assert not engine.model.training
+    out = engine.model(torch.tensor([prompt]), torch.tensor([prompt]))
+    out.backward()  # nothing of the inference run is left in the model
+    assert isinstance(engine.model.embed.weight.grad, torch.Tensor)
+
+
+def test_engine_needs_only_a_model_and_a_tokenizer(small_tokenizer):
+    """A model of one line, so that what the engine itself does can be seen: it writes the number of tokens so far."""
+
+    class Counting(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def new_cache(self, batch_size):
+            return SimpleNamespace(lengths=torch.zeros(batch_size, dtype=torch.long), select=self.select)
+
+        def select(self, rows):
+            return SimpleNamespace(lengths=self.cache.lengths[rows], select=self.select)
+
+        def forward(self, tokens, cache, valid=None, last_only=True):
+            cache.lengths = cache.lengths + (tokens.shape[1] if valid is None else valid)
+            self.cache = cache
+            return torch.nn.functional.one_hot(cache.lengths, small_tokenizer.vocab_size).float()
+
+    engine = Engine(Counting(), small_tokenizer)
+    engine.end = 7
+    assert engine.generate_batch([[1], [1] * 5, [1] * 7, [1] * 9], max_tokens=5) == [
+        [1, 2, 3, 4, 5],
+        [5, 6],
+        [],
+        [9, 10, 11, 12, 13],
+    ]
