@@ -12,6 +12,7 @@ the documents that came back (a retrieval block). Loss falls on what the model w
 markers, and <|assistant_end|>. Documents are numbered [1], [2], ... through the whole conversation, so that a number
 names one document however long the talk is, and keeps its number when others are dropped for length.
 
+Every text begins with a space, so that its first word has the tokens it has inside a sentence.
 All text is encoded as ordinary text: whatever a document or a user spells, it never becomes a control token.
 """
 
@@ -305,7 +306,7 @@ def _segments(
             content = message["content"]
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if part["type"] == "text":
-                    segments.append(_Segment(tokenizer.encode(part["text"]), learned=True))
+                    segments.append(_Segment(_encode(part["text"], tokenizer), learned=True))
                 elif part["type"] == "search":
                     segments.append(_Segment(_framed("search", part["query"], tokenizer), learned=True))
                 else:
@@ -315,8 +316,14 @@ def _segments(
     return head, turns
 
 
+def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Text as tokens, with a space before its first word. BPE gives " Paris" and "Paris" different tokens; so a word has
+    the same tokens where an answer begins as inside a document, and copying it is copying tokens."""
+    return tokenizer.encode(text if not text or text[0].isspace() else " " + text)
+
+
 def _framed(kind: str, text: str, tokenizer: Tokenizer) -> list[int]:
-    return [tokenizer.special_id(f"<|{kind}_start|>"), *tokenizer.encode(text), tokenizer.special_id(f"<|{kind}_end|>")]
+    return [tokenizer.special_id(f"<|{kind}_start|>"), *_encode(text, tokenizer), tokenizer.special_id(f"<|{kind}_end|>")]
 
 
 def _block(
@@ -329,8 +336,8 @@ def _block(
     segments = [_Segment(opening)]
     for number, document in enumerate(documents, start=first_number):
         shown = _as_dict(document)
-        label = tokenizer.encode(f"[{number}] {shown.get('title', '')}".strip())[:MAX_TITLE_TOKENS]
-        body = tokenizer.encode(shown["content"])[:max_doc_tokens]
+        label = _encode(f"[{number}] {shown.get('title', '')}".strip(), tokenizer)[:MAX_TITLE_TOKENS]
+        body = _encode(shown["content"], tokenizer)[:max_doc_tokens]
         ids = [special("<|doc_start|>"), *label, special("<|doc_body|>"), *body, special("<|doc_end|>")]
         segments.append(_Segment(ids, is_document=True))
     segments.append(_Segment([special("<|retrieval_end|>")]))

@@ -24,11 +24,11 @@ FIRST_SPECIAL = len(TOKENIZER.token_bytes)
 
 
 def ids_of(layout: str) -> list[int]:
-    """Hand-written layouts: special tokens by their short names in braces, the rest ordinary text."""
+    """Hand-written layouts: special tokens by their short names in braces, the rest ordinary text after a space."""
     ids: list[int] = []
     for part in layout.replace("}", "{").split("{"):
         name = f"<|{part}|>"
-        ids += [TOKENIZER.special_id(name)] if name in SPECIAL_TOKENS else TOKENIZER.encode(part)
+        ids += [TOKENIZER.special_id(name)] if name in SPECIAL_TOKENS else TOKENIZER.encode(f" {part}" if part else "")
     return ids
 
 
@@ -69,7 +69,7 @@ def document(title: str, content: str) -> dict[str, Any]:
 NORTH, SOUTH, EAST = document("North", "cold"), document("South", "warm"), document("East", "dry")
 SEARCHING = assistant(
     [
-        {"type": "text", "text": "let me look. "},
+        {"type": "text", "text": "let me look."},
         {"type": "search", "query": "river"},
         {"type": "documents", "documents": [NORTH, SOUTH]},
         {"type": "text", "text": "cold [1]"},
@@ -88,7 +88,7 @@ LAYOUTS = {
     "plain": (
         talk(user("where?"), assistant("there")),
         "{bos}{user_start}where?{user_end}{assistant_start}there{assistant_end}",
-        "|there<|assistant_end|>",
+        "| there<|assistant_end|>",
     ),
     "two turns with a system message": (
         talk(system("be brief"), user("a"), assistant("b"), user("c"), assistant("d")),
@@ -96,7 +96,7 @@ LAYOUTS = {
             "{bos}{system_start}be brief{system_end}{user_start}a{user_end}{assistant_start}b{assistant_end}"
             "{user_start}c{user_end}{assistant_start}d{assistant_end}"
         ),
-        "|b<|assistant_end|>|d<|assistant_end|>",
+        "| b<|assistant_end|>| d<|assistant_end|>",
     ),
     "documents": (
         talk(system("s"), retrieval(NORTH, SOUTH), user("q"), assistant("cold [1]")),
@@ -105,7 +105,7 @@ LAYOUTS = {
             "{doc_start}[2] South{doc_body}warm{doc_end}{retrieval_end}"
             "{user_start}q{user_end}{assistant_start}cold [1]{assistant_end}"
         ),
-        "|cold [1]<|assistant_end|>",
+        "| cold [1]<|assistant_end|>",
     ),
     "documents after the question": (
         talk(user("q"), retrieval(NORTH), assistant("a")),
@@ -113,7 +113,7 @@ LAYOUTS = {
             "{bos}{user_start}q{user_end}{retrieval_start}{doc_start}[1] North{doc_body}cold{doc_end}{retrieval_end}"
             "{assistant_start}a{assistant_end}"
         ),
-        "|a<|assistant_end|>",
+        "| a<|assistant_end|>",
     ),
     "numbers go on through the talk": (
         talk(retrieval(NORTH), user("q"), assistant("a"), retrieval(SOUTH, EAST), user("r"), assistant("b [3]")),
@@ -123,7 +123,7 @@ LAYOUTS = {
             "{retrieval_start}{doc_start}[2] South{doc_body}warm{doc_end}{doc_start}[3] East{doc_body}dry{doc_end}"
             "{retrieval_end}{user_start}r{user_end}{assistant_start}b [3]{assistant_end}"
         ),
-        "|a<|assistant_end|>|b [3]<|assistant_end|>",
+        "| a<|assistant_end|>| b [3]<|assistant_end|>",
     ),
     "hops": (
         talk(MULTI_HOP, user("q"), assistant("a")),
@@ -134,17 +134,17 @@ LAYOUTS = {
             "{doc_start}[3] East{doc_body}dry{doc_end}{retrieval_end}"
             "{user_start}q{user_end}{assistant_start}a{assistant_end}"
         ),
-        "|a<|assistant_end|>",
+        "| a<|assistant_end|>",
     ),
     "the model searches": (
         talk(retrieval(EAST), user("q"), SEARCHING),
         (
             "{bos}{retrieval_start}{doc_start}[1] East{doc_body}dry{doc_end}{retrieval_end}{user_start}q{user_end}"
-            "{assistant_start}let me look. {search_start}river{search_end}"
+            "{assistant_start}let me look.{search_start}river{search_end}"
             "{retrieval_start}{doc_start}[2] North{doc_body}cold{doc_end}{doc_start}[3] South{doc_body}warm{doc_end}"
             "{retrieval_end}cold [1]{assistant_end}"
         ),
-        "|let me look. <|search_start|>river<|search_end|>|cold [1]<|assistant_end|>",
+        "| let me look.<|search_start|> river<|search_end|>| cold [1]<|assistant_end|>",
     ),
     "nothing found, nothing titled": (
         talk(retrieval(), retrieval({"content": "bare"}), user(""), assistant("a")),
@@ -152,7 +152,7 @@ LAYOUTS = {
             "{bos}{retrieval_start}{retrieval_end}{retrieval_start}{doc_start}[1]{doc_body}bare{doc_end}{retrieval_end}"
             "{user_start}{user_end}{assistant_start}a{assistant_end}"
         ),
-        "|a<|assistant_end|>",
+        "| a<|assistant_end|>",
     ),
 }
 
@@ -186,7 +186,7 @@ def test_spans_hold_the_documents(name: str) -> None:
     assert len(rendered.document_spans) == count_documents(conversation)
     for number, (start, end) in enumerate(rendered.document_spans, start=1):
         text = TOKENIZER.decode(rendered.ids[start:end])
-        assert text.startswith(f"<|doc_start|>[{number}]")
+        assert text.startswith(f"<|doc_start|> [{number}]")
         assert text.endswith("<|doc_end|>")
         assert text.count("<|doc_end|>") == 1
 
@@ -260,7 +260,7 @@ def test_long_documents_and_titles_are_cut() -> None:
     assert rendered is not None
     ids = rendered.ids
     title_end, body_end = (ids.index(TOKENIZER.special_id(name)) for name in ("<|doc_body|>", "<|doc_end|>"))
-    assert ids[title_end + 1 : body_end] == TOKENIZER.encode("c " * 500)[:10]
+    assert ids[title_end + 1 : body_end] == TOKENIZER.encode(" " + "c " * 500)[:10]
     assert title_end - ids.index(TOKENIZER.special_id("<|doc_start|>")) - 1 == MAX_TITLE_TOKENS
 
 
@@ -315,7 +315,7 @@ def test_too_long_drops_documents_from_the_end_then_turns_from_the_end() -> None
     bare = len(first_turn.ids) - sum(sizes[:2])
     text, dropped = rendered_texts(bare) or ("", -1)
     assert dropped == 3
-    assert text.startswith("<|bos|><|system_start|>s<|system_end|>")
+    assert text.startswith("<|bos|><|system_start|> s<|system_end|>")
     assert "first answer" in text
     assert rendered_texts(bare - 1) is None
 
@@ -338,8 +338,8 @@ def test_too_long_prompt_drops_the_past_before_the_present() -> None:
         ids = render_prompt(prompt_talk, TOKENIZER, max_tokens=len(full) - tokens)
         assert len(ids) <= len(full) - tokens
         text = TOKENIZER.decode(ids)
-        assert text.startswith("<|bos|><|system_start|>s<|system_end|>")
-        assert text.endswith("<|user_start|>second question<|user_end|><|assistant_start|>")
+        assert text.startswith("<|bos|><|system_start|> s<|system_end|>")
+        assert text.endswith("<|user_start|> second question<|user_end|><|assistant_start|>")
         return text
 
     rendered = render(LONG_TALK, TOKENIZER)
@@ -378,7 +378,7 @@ def test_each_document_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answer_text_is_what_the_reader_sees() -> None:
     block = "{retrieval_start}{doc_start}[1] North{doc_body}cold{doc_end}{retrieval_end}"
     searched = ids_of(
-        "let me look. {search_start}river{search_end}" + block + "cold [1]{assistant_end}{user_start}more"
+        "let me look.{search_start}river{search_end}" + block + "cold [1]{assistant_end}{user_start}more"
     )
     assert answer_text(searched, TOKENIZER) == "let me look. cold [1]"
     assert answer_text(ids_of("cut off {search_start}riv"), TOKENIZER) == "cut off"

@@ -157,5 +157,5 @@ def test_missing_query_fields_and_duplicate_ids_are_named(tmp_path):
         with pytest.raises(UserError, match=f'q.jsonl:1: "{name}" is missing'):
             read_queries(path)
     write_jsonl(path, [QUERY, QUERY])
-    with pytest.raises(UserError, match="q.jsonl:2: .*line 1"):
+    with pytest.raises(UserError, match=r"q.jsonl:2: .*line 1"):
         read_queries(path)
