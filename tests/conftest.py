@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+
+# Models this small gain nothing from more threads, and lose much where threads wait for each other on a busy machine.
+# Set before torch is loaded, and for the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

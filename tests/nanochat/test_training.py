@@ -40,7 +40,7 @@ def batches(seed=0):
 
 def config(**changes):
     settings = {"max_seq_len": L, "total_batch_size": ROWS * L, "device_batch_size": ROWS, "num_steps": 12}
-    return TrainConfig(**{**settings, "eval_every": 0, "save_every": 4, "device": "cpu", **changes})
+    return TrainConfig(**{**settings, "eval_every": 0, "save_every": 4, "dtype": "float32", **changes})
 
 
 @pytest.fixture
@@ -117,11 +117,16 @@ def test_the_first_loss_is_the_mean_over_all_learned_tokens_of_the_step(run, sma
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_accumulation_equals_one_big_batch(run, size):
-    whole, expected = run("whole")
-    parts, got = run("parts", device_batch_size=size)
-    assert np.abs(np.subtract(losses(got), losses(expected))).max() < 1e-6
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        assert (a - b).abs().max() < 1e-3
+    # Muon orthogonalises in bfloat16, where a difference of one float32 rounding may become one of bfloat16: with it
+    # the later losses agree less closely.
+    for name, tolerance, changes in (("adamw", 1e-6, {"matrix_lr": 0.0}), ("both", 1e-3, {})):
+        whole, expected = run(f"whole_{name}", **changes)
+        parts, got = run(f"parts_{name}", device_batch_size=size, **changes)
+        assert losses(got)[0] == pytest.approx(losses(expected)[0], abs=1e-6)
+        assert got[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
+        assert np.abs(np.subtract(losses(got), losses(expected))).max() < tolerance
+        for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+            assert (a - b).abs().max() < 10 * tolerance
 
 
 def test_gradient_checkpointing_changes_nothing(run):

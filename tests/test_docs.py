@@ -1,0 +1,80 @@
+"""The commands and snippets of README.md and RAG_USER_GUIDE.md, run in order as a reader would, at a smaller size."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+SMALLER = {
+    "scripts.prepare_rag_dataset": ["--num_documents", "60"],
+    "scripts.tok_train": ["--vocab_size", "400"],
+    "scripts.base_train": ["--num_steps", "2", "--copy_warmup_steps", "1", "--d_model", "32", "--head_dim", "16"],
+    "scripts.chat_sft": ["--num_steps", "2"],
+    "scripts.rag_finetune": ["--num_steps", "3", "--total_batch_size", "1024", "--eval_every", "0"],
+    "scripts.rag_eval": ["--num_questions", "5"],
+    "scripts.rag_chat": ["--max_tokens", "5"],
+}
+MY_DOCUMENTS = """\
+{"id": "policy_001", "title": "Return policy", "content": "Customers can return items within 30 days of purchase."}
+{"id": "policy_002", "title": "Shipping", "content": "Shipping is free from 50 euros. Standard shipping takes 3 to 5 days."}
+"""
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / file).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(file: str) -> list[list[str]]:
+    lines = "\n".join(blocks(file, "bash")).replace("\\\n", " ").split("\n")
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def run(words: list[str], cwd: Path, home: Path) -> str:
+    environment = {"NANOCHAT_BASE_DIR": str(home), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_user_guide_from_start_to_end(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/my_documents.jsonl").write_text(MY_DOCUMENTS)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    assert MY_DOCUMENTS.strip() in (REPOSITORY / "RAG_USER_GUIDE.md").read_text()
+    ran = 0
+    for words in commands("RAG_USER_GUIDE.md"):
+        module = words[words.index("-m") + 1]
+        if words[0] == "torchrun":  # eight GPUs and a d20 are not at hand: the same settings on the tiny checkpoint
+            settings = ["--model_tag", "demo", "--block_pattern", "", "--base_tasks", "", "--retriever_type", "bm25"]
+            settings += ["--queries", "data/rag_examples/queries/train.jsonl", "--max_seq_len", "512"]
+            words = ["python", *words[words.index("-m") :], *settings]
+        out = run([sys.executable, *words[1:], *SMALLER.get(module, [])], tmp_path, tmp_path / "home")
+        if "--search" in words:
+            assert "Return policy" in out
+        ran += 1
+    assert ran >= 12
+    for snippet in blocks("RAG_USER_GUIDE.md", "python"):
+        run([sys.executable, "-c", snippet], tmp_path, tmp_path / "home")
+
+
+def test_readme_commands_exist():
+    """README's commands are those of the guide, or scripts that other tests and the release checks run whole."""
+    for words in commands("README.md"):
+        if words[0] == "bash":
+            assert (REPOSITORY / words[1]).is_file()
+        elif "-m" in words and words[0].endswith("python") and words[words.index("-m") + 1] != "venv":
+            module = words[words.index("-m") + 1]
+            path = REPOSITORY / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+    flags = re.findall(r"^\| `(--\w+)`", (REPOSITORY / "RAG_USER_GUIDE.md").read_text(), re.MULTILINE)
+    from scripts.rag_finetune import Config
+
+    known = set(Config.__dataclass_fields__)
+    assert flags and all(flag[2:] in known for flag in flags if flag != "--type")
