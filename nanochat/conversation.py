@@ -317,13 +317,14 @@ def _segments(
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Text as tokens, with a space before its first word. BPE gives " Paris" and "Paris" different tokens; so a word has
-    the same tokens where an answer begins as inside a document, and copying it is copying tokens."""
+    """Text as tokens, with a space before its first word. BPE gives " Paris" and "Paris" different tokens; with it a
+    word has the same tokens where an answer begins as inside a document, and copying it is copying tokens."""
     return tokenizer.encode(text if not text or text[0].isspace() else " " + text)
 
 
 def _framed(kind: str, text: str, tokenizer: Tokenizer) -> list[int]:
-    return [tokenizer.special_id(f"<|{kind}_start|>"), *_encode(text, tokenizer), tokenizer.special_id(f"<|{kind}_end|>")]
+    start, end = (tokenizer.special_id(f"<|{kind}_{edge}|>") for edge in ("start", "end"))
+    return [start, *_encode(text, tokenizer), end]
 
 
 def _block(

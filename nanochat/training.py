@@ -1,7 +1,7 @@
 """The one training loop: accumulation, schedule, data parallel ranks, evals, logs, checkpoints, resume.
 
 A script gives it a model, a tokenizer and phases of batches (each batch a pure function of the step), and what to
-evaluate. Everything is written under one run directory: step_XXXXXX/ checkpoints, metrics.jsonl, config.json, report.md.
+evaluate. All is written under one run directory: step_XXXXXX/ checkpoints, metrics.jsonl, config.json, report.md.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise UserError(
-                f"step {step} ({phases[phase_index].name}): loss {loss_value}, gradient norm {norm}; stopped before the update. Lower "
-                f"the learning rate (--init_lr_frac) and go on with --resume auto"
+                f"step {step} ({phases[phase_index].name}): loss {loss_value}, gradient norm {norm}; stopped before the "
+                "update. Lower the learning rate (--init_lr_frac) and go on with --resume auto"
             )
         scale = lr_scale(config, step, progress)
         optimizers.set_lr_scale(scale)
@@ -270,7 +270,13 @@ def train(
             elapsed = _agree(elapsed, compute)  # all ranks must stop at the same step
         done = step >= num_steps or elapsed >= limit
         tokens = batches.rows_per_step * batches.max_seq_len
-        figures = {"phase": phases[phase_index].name, "loss": loss_value, "lr_scale": scale, "grad_norm": norm, "seconds": seconds}
+        figures = {
+            "phase": phases[phase_index].name,
+            "loss": loss_value,
+            "lr_scale": scale,
+            "grad_norm": norm,
+            "seconds": seconds,
+        }
         if config.eval_every and evaluate and (step % config.eval_every == 0 or done):
             paused = time.perf_counter()
             figures |= evaluate()
@@ -330,9 +336,7 @@ def _check_disk(run_dir: Path, model: HybridLM) -> None:
         raise UserError(f"{run_dir}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
-def print_plan(
-    model: HybridLM, phases: list[Phase], config: TrainConfig, compute: Compute, dtype: torch.dtype
-) -> None:
+def print_plan(model: HybridLM, phases: list[Phase], config: TrainConfig, compute: Compute, dtype: torch.dtype) -> None:
     """What the run will cost, before it starts. Time is measured on one forward and backward pass, not guessed."""
     weights, state = _state_bytes(model)
     c = model.config
@@ -395,8 +399,9 @@ class RunLog:
             try:
                 import wandb
             except ImportError:
-                raise UserError('--run needs wandb: pip install "nanochat[wandb]"; without --run all is logged to '
-                                f"{self.path}") from None
+                raise UserError(
+                    f'--run needs wandb: pip install "nanochat[wandb]"; without --run all is logged to {self.path}'
+                ) from None
             self.wandb = wandb.init(project="nanochat", name=config.run, config=config_to_dict(config))
 
     def write(self, step, num_steps, figures, tokens, elapsed, limit, last) -> None:

@@ -1,7 +1,7 @@
 """Teach a pretrained model to talk: fine-tuning on conversations. Its checkpoints are of source "mid".
 
-    python -m scripts.chat_sft --tasks Dolly --dolly_path dolly15k.jsonl
-    torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft --tasks SmolTalk --conversations mine.jsonl
+python -m scripts.chat_sft --tasks Dolly --dolly_path dolly15k.jsonl
+torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft --tasks SmolTalk --conversations mine.jsonl
 """
 
 from __future__ import annotations

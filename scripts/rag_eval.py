@@ -3,7 +3,8 @@
     python -m scripts.rag_eval --knowledge_base data/rag_examples/knowledge_base \
         --queries data/rag_examples/queries/test.jsonl
 
-EM and F1 as in SQuAD (nanochat/metrics.py). One table, and the same as JSON beside it and, with --json, as the last line.
+EM and F1 as in SQuAD (nanochat/metrics.py). One table, and the same as JSON beside it and, with --json, in the last
+line.
 """
 
 from __future__ import annotations
@@ -131,8 +132,10 @@ def main() -> None:
             scores["search_seconds_per_question"] = searched / len(queries)
             for k in sorted({1, 5, 10} | {config.top_k}):
                 if k <= config.top_k:
-                    found = [recall_at_k([d.id for d in shown], q["doc_ids"], k)
-                             for shown, q in zip(documents, queries, strict=True)]
+                    found = [
+                        recall_at_k([d.id for d in shown], q["doc_ids"], k)
+                        for shown, q in zip(documents, queries, strict=True)
+                    ]
                     scores[f"recall_at_{k}"] = sum(found) / len(found)
         results[system] = scores
         print0(f"{system}: EM {scores['em']:.3f}, F1 {scores['f1']:.3f}")
@@ -158,7 +161,10 @@ def main() -> None:
 
 def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retriever: str) -> str:
     names = {"closed": "closed book", "rag": f"{retriever} top-{top_k}", "gold": "gold documents"}
-    lines = [f"| {n} questions | EM | F1 | recall@{top_k} | prompt tokens | s / question |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| {n} questions | EM | F1 | recall@{top_k} | prompt tokens | s / question |",
+        "|---|---|---|---|---|---|",
+    ]
     for system, r in results.items():
         recall = f"{r[f'recall_at_{top_k}']:.3f}" if system == "rag" else "-"
         seconds = r["seconds_per_question"] + r.get("search_seconds_per_question", 0)

@@ -5,7 +5,8 @@
         --queries data/rag_examples/queries/train.jsonl --base_tasks "" --source mid
 
 Training examples come from a queries file (gold documents among retrieved distractors, RAFT: arXiv 2403.10131) and from
-base tasks, whose questions get retrieved documents. Very small models learn lookup over few documents first: --curriculum.
+base tasks, whose questions get retrieved documents. Very small models learn lookup over few documents first, which is
+what --curriculum is for.
 """
 
 from __future__ import annotations
@@ -103,9 +104,7 @@ def parse_curriculum(stages: list[str], top_k: int) -> list[tuple[int, float]]:
     return [(k, share / total) for k, share in parsed]
 
 
-def make_phases(
-    tasks: list, tokenizer: Tokenizer, config: Config, rows: int
-) -> list[Phase]:
+def make_phases(tasks: list, tokenizer: Tokenizer, config: Config, rows: int) -> list[Phase]:
     """One phase per stage of the curriculum, each with fresh shuffles of the examples it needs."""
     order = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
     phases, epochs = [], count()

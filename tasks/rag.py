@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from nanochat.common import UserError, atomic_write_text, get_base_dir, print0
+from nanochat.common import UserError, atomic_write_text, get_base_dir
 from nanochat.retrieval import Document, RetrievalManager
 from tasks.common import Conversation
 

@@ -21,7 +21,7 @@ SMALLER = {
 }
 MY_DOCUMENTS = """\
 {"id": "policy_001", "title": "Return policy", "content": "Customers can return items within 30 days of purchase."}
-{"id": "policy_002", "title": "Shipping", "content": "Shipping is free from 50 euros. Standard shipping takes 3 to 5 days."}
+{"id": "policy_002", "title": "Shipping", "content": "Shipping is free from 50 euros. Standard takes 3 to 5 days."}
 """
 
 

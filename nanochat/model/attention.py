@@ -6,6 +6,8 @@ Shapes: B batch, L length, D model width, H query heads, Hkv key/value heads, Dh
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,9 +63,7 @@ class Attention(nn.Module):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             else:
                 visible = torch.arange(needed, device=x.device) <= positions.unsqueeze(-1)  # B L S
-                y = F.scaled_dot_product_attention(
-                    q, k_all, v_all, attn_mask=visible.unsqueeze(1), enable_gqa=grouped
-                )
+                y = F.scaled_dot_product_attention(q, k_all, v_all, attn_mask=visible.unsqueeze(1), enable_gqa=grouped)
         elif segments is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
@@ -91,5 +91,5 @@ def segments_of(seq_idx: Tensor) -> list[list[tuple[int, int]]]:
     for row in seq_idx.cpu():
         cuts = (row[1:] != row[:-1]).nonzero().flatten().add(1).tolist()
         edges = [0, *cuts, len(row)]
-        spans.append(list(zip(edges[:-1], edges[1:], strict=True)))
+        spans.append(list(pairwise(edges)))
     return spans

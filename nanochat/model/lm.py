@@ -22,7 +22,7 @@ IGNORE = -1  # a target that is not learned
 
 
 def parse_block_pattern(pattern: str | list[str]) -> str:
-    """"T,T,M,M", "TTMM" or ["T", "T", "M", "M"] -> "TTMM". ValueError names what is wrong."""
+    """ "T,T,M,M", "TTMM" or ["T", "T", "M", "M"] -> "TTMM". ValueError names what is wrong."""
     blocks = "".join(pattern) if isinstance(pattern, list) else pattern
     blocks = blocks.replace(",", "").replace(" ", "").upper()
     if not blocks or set(blocks) - set("TM"):
@@ -31,7 +31,7 @@ def parse_block_pattern(pattern: str | list[str]) -> str:
 
 
 def default_block_pattern(depth: int) -> str:
-    """Mamba first, attention spread: every second block in a shallow model, every fifth (never the first) in a deep one."""
+    """Mamba first, attention spread: every second block in a shallow model, every fifth in a deep one."""
     if depth <= 6:
         return "".join("MT"[i % 2] for i in range(depth))
     return "".join("T" if i % 5 == 2 else "M" for i in range(depth))
@@ -61,6 +61,11 @@ class ModelConfig:
         self.block_pattern = parse_block_pattern(self.block_pattern)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
+        if self.rope and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
+        inner = self.mamba_expand * self.d_model
+        if "M" in self.block_pattern and inner % self.mamba_head_dim:
+            raise ValueError(f"mamba_head_dim {self.mamba_head_dim} does not divide the inner width {inner}")
         if self.mlp not in ("relu2", "swiglu"):
             raise ValueError(f"mlp {self.mlp!r} must be 'relu2' or 'swiglu'")
 

@@ -1,7 +1,7 @@
 """The Mamba-2 mixer: projection, short causal convolution, state-space scan, gated norm, projection.
 
-Source: Dao & Gu 2024 (arXiv 2405.21060), figure 6. Weight names and the order z | x | B | C | dt of in_proj are those of
-state-spaces/mamba, so that weights copy one to one.
+Source: Dao & Gu 2024 (arXiv 2405.21060), figure 6. Weight names and the order z | x | B | C | dt of in_proj are those
+of state-spaces/mamba, so that weights copy one to one.
 
 Shapes: B batch, L length, D model width, I inner width (expand * D), H heads, P head width (H * P = I), N state width,
 G groups, W convolution width.
@@ -52,8 +52,6 @@ class Mamba2(nn.Module):
     def __init__(self, d_model: int, d_state: int, expand: int, head_dim: int, n_groups: int, d_conv: int, eps: float):
         super().__init__()
         self.d_inner = expand * d_model
-        if self.d_inner % head_dim:
-            raise ValueError(f"mamba_head_dim {head_dim} does not divide the inner width {self.d_inner}")
         self.n_head, self.head_dim, self.d_state, self.n_groups = self.d_inner // head_dim, head_dim, d_state, n_groups
         channels = self.d_inner + 2 * n_groups * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.n_head, bias=False)

@@ -377,9 +377,7 @@ def test_each_document_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_answer_text_is_what_the_reader_sees() -> None:
     block = "{retrieval_start}{doc_start}[1] North{doc_body}cold{doc_end}{retrieval_end}"
-    searched = ids_of(
-        "let me look.{search_start}river{search_end}" + block + "cold [1]{assistant_end}{user_start}more"
-    )
+    searched = ids_of("let me look.{search_start}river{search_end}" + block + "cold [1]{assistant_end}{user_start}more")
     assert answer_text(searched, TOKENIZER) == "let me look. cold [1]"
     assert answer_text(ids_of("cut off {search_start}riv"), TOKENIZER) == "cut off"
     assert answer_text(ids_of(" {bos}odd{doc_end} "), TOKENIZER) == "odd"

@@ -169,7 +169,7 @@ def test_what_copying_teaches_is_in_the_context(L):
     for step in range(5):
         batch = batches.get(step)
         assert batch.tokens.shape == batch.targets.shape == batch.seq_idx.shape == (6, L)
-        assert 0 <= batch.tokens.min() and batch.tokens.max() < 50
+        assert batch.tokens.min() >= 0 and batch.tokens.max() < 50
         assert (batch.targets != IGNORE).float().mean() > 0.3
         for tokens, targets, seq_idx in zip(batch.tokens, batch.targets, batch.seq_idx, strict=True):
             for n in seq_idx.unique():

@@ -86,7 +86,10 @@ def test_embeds_are_tokens():
     assert torch.equal(model(tokens), model(embeds=model.embed(tokens)))
 
 
-@pytest.mark.parametrize("overrides", [{"mlp": "swiglu"}, {"rope": False}, {"tie_embeddings": True}, {"mamba_groups": 2}])
+VARIANTS = [{"mlp": "swiglu"}, {"rope": False}, {"tie_embeddings": True}, {"mamba_groups": 2}]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS)
 def test_variants_train_and_checkpointing_changes_nothing(overrides):
     model = tiny("MT", **overrides)
     tokens = torch.randint(0, 97, (2, 40))

@@ -10,7 +10,7 @@ from nanochat.model.ssd import ssd_scan, ssd_step
 
 def sequential(x, dt, A, Bm, Cm, h0, seq):
     """The recurrence as written in the paper, step by step."""
-    B, L, H, P = x.shape
+    B, L, H, _ = x.shape
     K = H // Bm.shape[2]
     h, ys = h0, []
     for t in range(L):

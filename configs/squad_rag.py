@@ -1,0 +1,17 @@
+"""RAG fine-tuning of runs/squad.sh on SQuAD 1.1's training questions; --max_minutes bounds it."""
+
+knowledge_base = "data/squad_run/squad/knowledge_base"
+base_tasks = []
+source = "mid"
+retriever_type = "bm25"
+top_k = 5
+max_doc_length = 300
+max_seq_len = 3072
+device_batch_size = 3
+total_batch_size = 18432
+curriculum = ["1:0.55", "3:0.15", "5:0.3"]
+questions_per_context = 12
+num_steps = 1400
+init_lr_frac = 1.0
+eval_every = 300
+log_every = 20
