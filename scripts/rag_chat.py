@@ -293,6 +293,10 @@ def chat(session: ChatSession, screen: Screen, retriever_type: str | None = None
                 screen.write("\n")
         except UserError as error:
             print("error: " + " ".join(printable(str(error)).split()), file=sys.stderr, flush=True)
+        except KeyboardInterrupt:  # meant for an answer that had just ended
+            if not screen.interactive:
+                raise
+            screen.write("\n")
 
 
 def main() -> None:

@@ -187,8 +187,8 @@ def test_at_a_terminal(home):
     os.close(slave)
     seen = b""
 
-    def until(pattern: bytes, typed: bytes = b"") -> bytes:
-        """Type, then read until the pattern is there; returns what came since."""
+    def until(pattern: bytes, typed: bytes = b"", again: bytes = b"") -> bytes:
+        """Type, then read until the pattern is there (if nothing comes, type again); returns what came since."""
         nonlocal seen
         start = len(seen)
         os.write(master, typed)
@@ -200,6 +200,8 @@ def test_at_a_terminal(home):
                     seen += os.read(master, 65536)
                 except OSError:  # the terminal has gone with the process
                     break
+            elif again:
+                os.write(master, again)
         return seen[start:]
 
     try:
@@ -210,7 +212,8 @@ def test_at_a_terminal(home):
         assert b"(stopped)" in stopped
         assert b"\x1b[2msources:" in stopped and b"[1] " in stopped
         until(rb"half a line", b"half a line")
-        assert b"Ctrl-D or /quit" in until(rb"> $", b"\x03")
+        # a Ctrl-C between two reads of readline waits for the next key (CPython's gap, not ours)
+        assert b"Ctrl-D or /quit" in until(rb"> $", b"\x03", again=b"\x03")
         assert b"The old bridge was built in 1987." in until(rb"> $", b"/sources\r")
         until(rb"$", b"\x04")
         assert process.wait(60) == 0
