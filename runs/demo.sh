@@ -12,7 +12,7 @@ export NANOCHAT_BASE_DIR=$PWD/data/demo
 examples=data/demo/rag_examples
 
 # 1. documents, questions, a graph and a knowledge base; train, val and test are about different people and places
-python -m scripts.prepare_rag_dataset --mode example --output $examples --num_documents 2000 --retriever_type bm25
+python -m scripts.prepare_rag_dataset --mode example --output $examples --num_documents 10000 --retriever_type bm25
 
 # 2. tokenizer and pretraining on the training documents, after a warm-up on copying
 python -m scripts.tok_train --input $examples/text/train.jsonl --vocab_size 1024
@@ -27,7 +27,7 @@ python -m scripts.rag_finetune configs/rag_tiny.py --knowledge_base $examples/kn
 
 # 5. the same test questions closed book, with retrieved documents, with the gold document
 python -m scripts.rag_eval --knowledge_base $examples/knowledge_base --queries $examples/queries/test.jsonl \
-    --output data/demo/eval
+    --num_questions 1000 --output data/demo/eval
 
 echo
 echo "Ask it yourself: NANOCHAT_BASE_DIR=data/demo .venv/bin/python -m scripts.rag_chat --knowledge_base $examples/knowledge_base"

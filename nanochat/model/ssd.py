@@ -15,10 +15,23 @@ K = H / G heads in a group, c chunks, Q chunk length.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 CHUNK = 64
+
+
+@functools.cache
+def cuda_kernel() -> Callable | None:
+    """mamba-ssm's fused scan (Triton), where the package is installed; it is used for tensors on a GPU."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+    return mamba_chunk_scan_combined
 
 
 def _chunks(t: Tensor, Q: int) -> Tensor:
@@ -150,6 +163,10 @@ def ssd_scan(
     Returns y (B, L, H, P) and the state after the last step (B, H, P, N). A step with dt = 0 leaves the state as it is.
     """
     B, L, H, P = x.shape
+    if x.is_cuda and (kernel := cuda_kernel()) is not None:
+        documents = seq_idx.int() if seq_idx is not None else None
+        states = {"initial_states": initial_state, "return_final_states": True}
+        return kernel(x, dt, A, Bm, Cm, chunk_size=256, seq_idx=documents, **states)
     if initial_state is None:
         initial_state = x.new_zeros(B, H, P, Bm.shape[-1])
     Q = min(chunk, L)
