@@ -2,9 +2,9 @@
 
 tasks = []
 max_seq_len = 512
-device_batch_size = 16
-total_batch_size = 8192
-num_steps = 150
+device_batch_size = 8
+total_batch_size = 4096
+num_steps = 200
 warmdown_frac = 0.0
-eval_every = 150
+eval_every = 200
 log_every = 20

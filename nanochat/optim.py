@@ -17,7 +17,7 @@ class Optimizers:
         self,
         model: nn.Module,
         matrix_lr: float = 0.02,
-        embed_lr: float = 0.2,
+        embed_lr: float = 0.02,
         head_lr: float = 0.004,
         scalar_lr: float = 0.005,
         weight_decay: float = 0.0,

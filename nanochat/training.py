@@ -58,7 +58,7 @@ class TrainConfig:
     """Stop after this many minutes of training, with the learning rate brought down in time; -1: no limit."""
     matrix_lr: float = 0.02
     """Muon's learning rate for the matrices inside blocks."""
-    embed_lr: float = 0.2
+    embed_lr: float = 0.02
     """AdamW's learning rate for the embedding (scaled by (width / 768)^-0.5)."""
     head_lr: float = 0.004
     """AdamW's learning rate for the output layer (scaled likewise)."""

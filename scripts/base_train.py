@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train --input data/text --depth 20
 
 The tokenizer comes from scripts.tok_train. A very small model does not find in-context lookup by itself: give it
---copy_warmup_steps 300, a warm-up on copying random token sequences, before the text.
+--copy_warmup_steps 300 --recall_warmup_steps 300, warm-ups on random tokens (nanochat/warmup.py), before the text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from nanochat.common import UserError, compute_cleanup, compute_init, get_base_d
 from nanochat.config import format_config, load_config
 from nanochat.dataset import tokenize_texts
 from nanochat.model.lm import HybridLM, ModelConfig
-from nanochat.packing import CopyBatches, PackedBatches, TokenData
+from nanochat.packing import PackedBatches, TokenData
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Phase, TrainConfig, mean_loss, rows_per_step, train
+from nanochat.warmup import WarmupBatches, copy_example, recall_example
 
 
 @dataclass(kw_only=True)
@@ -74,7 +75,9 @@ class Config(TrainConfig, ModelShape):
     tokenizer: Path | None = None
     """Directory of the tokenizer; by default $NANOCHAT_BASE_DIR/tokenizer."""
     copy_warmup_steps: int = 0
-    """Steps of copying random token sequences before the text; 200 to 400 for models of a few million parameters."""
+    """Steps of copying random token sequences before the text; about 1M tokens for models of a few million parameters."""
+    recall_warmup_steps: int = 0
+    """Steps, after the copying, of looking up values in random records."""
     max_chars: int = -1
     """Read at most this many characters of text; -1: all."""
     eval_steps: int = 8
@@ -89,23 +92,28 @@ def main() -> None:
     model = HybridLM(config.model_config(tokenizer.vocab_size))
     rows = rows_per_step(config, compute.world_size)
     splits = tokenize_texts(config.input, tokenizer, config.max_chars)
-    batches = {
+    texts = {
         name: PackedBatches(TokenData.from_text(ids, starts, config.max_seq_len), config.max_seq_len, rows, config.seed)
         for name, (ids, starts) in splits.items()
     }
     print0(f"text: {len(splits['train'][0]):,} tokens to train on, {len(splits['val'][0]):,} held out")
-    text = batches["train"]
+    text = texts["train"]
     steps = config.num_steps if config.num_steps >= 0 else round(config.num_epochs * text.steps_per_epoch())
     phases = [Phase("text", text, steps)] if steps else []
-    if config.copy_warmup_steps:
-        ordinary = len(tokenizer.token_bytes)  # special tokens are not copied
-        copying = CopyBatches(ordinary, config.max_seq_len, rows, config.seed)
-        phases.insert(0, Phase("copy", copying, config.copy_warmup_steps))
+    ordinary = len(tokenizer.token_bytes)  # special tokens are not part of the warm-ups
+    warmups = [
+        ("recall", recall_example, config.recall_warmup_steps),
+        ("copy", copy_example, config.copy_warmup_steps),
+    ]
+    for name, example, number in warmups:
+        if number:
+            batches = WarmupBatches(example, ordinary, config.max_seq_len, rows, config.seed)
+            phases.insert(0, Phase(name, batches, number))
     tag = config.model_tag or f"d{len(model.config.block_pattern)}"
 
     def evaluate() -> dict[str, float]:
-        steps = min(config.eval_steps, batches["val"].steps_per_epoch())
-        return {"val_loss": mean_loss(model, batches["val"], steps, config, compute)}
+        steps = min(config.eval_steps, texts["val"].steps_per_epoch())
+        return {"val_loss": mean_loss(model, texts["val"], steps, config, compute)}
 
     train(model, tokenizer, phases, config, compute, checkpoint_root("base", tag), evaluate)
     compute_cleanup()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nanochat.model.lm import IGNORE
-from nanochat.packing import Batch, CopyBatches, PackedBatches, TokenData, best_fit
+from nanochat.packing import Batch, PackedBatches, TokenData, best_fit
+from nanochat.warmup import WarmupBatches, copy_example
 
 
 def random_examples(count, longest, seed=0, vocabulary=500):
@@ -118,10 +119,10 @@ def test_every_epoch_holds_every_example_once_in_another_order():
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-@pytest.mark.parametrize("make", [PackedBatches, CopyBatches])
-def test_shares_of_the_ranks_make_up_the_whole(make):
-    data = TokenData.from_examples(random_examples(50, 30)) if make is PackedBatches else 100
-    batches = make(data, 32, 7, seed=3)
+@pytest.mark.parametrize("kind", ["packed", "warm-up"])
+def test_shares_of_the_ranks_make_up_the_whole(kind):
+    data = TokenData.from_examples(random_examples(50, 30))
+    batches = PackedBatches(data, 32, 7, 3) if kind == "packed" else WarmupBatches(copy_example, 100, 32, 7, 3)
     for step in (0, 4):
         whole = batches.get(step)
         shares = [batches.get(step, part) for part in (range(0, 2), range(2, 3), range(3, 7))]
@@ -157,39 +158,3 @@ def test_text_predicts_every_token_but_the_first_of_each_document_once(L):
 
 def test_text_without_anything_to_predict():
     assert len(TokenData.from_text(np.arange(3, dtype=np.int32), np.arange(3), 8)) == 0
-
-
-# --- the copying warm-up
-
-
-@pytest.mark.parametrize("L", [32, 200])
-def test_what_copying_teaches_is_in_the_context(L):
-    """Every learned target is the token that followed the same stretch one period ago, in the same sequence."""
-    batches = CopyBatches(50, L, 6, seed=1)
-    for step in range(5):
-        batch = batches.get(step)
-        assert batch.tokens.shape == batch.targets.shape == batch.seq_idx.shape == (6, L)
-        assert batch.tokens.min() >= 0 and batch.tokens.max() < 50
-        assert (batch.targets != IGNORE).float().mean() > 0.3
-        for tokens, targets, seq_idx in zip(batch.tokens, batch.targets, batch.seq_idx, strict=True):
-            for n in seq_idx.unique():
-                inside = (seq_idx == n).nonzero().flatten().tolist()
-                learned = [at for at in inside if targets[at] != IGNORE]
-                if not learned:
-                    continue
-                size = learned[0] - inside[0]  # the second copy's second token is the first that can be known
-                assert 8 <= size <= min(24, L // 2)
-                assert learned == list(range(learned[0], learned[-1] + 1))
-                assert len(learned) <= size - 1
-                for at in learned:
-                    assert tokens[inside[0] : at - size + 1].tolist() == tokens[inside[0] + size : at + 1].tolist()
-                    assert targets[at] == tokens[at - size + 1]
-
-
-def test_copying_differs_by_step_row_and_seed():
-    batches = CopyBatches(1000, 64, 2, seed=1)
-    first = batches.get(0)
-    assert same(first, CopyBatches(1000, 64, 2, seed=1).get(0))
-    others = [batches.get(1), CopyBatches(1000, 64, 2, seed=2).get(0)]
-    assert not any(same(first, other) for other in others)
-    assert not torch.equal(first.tokens[0], first.tokens[1])
