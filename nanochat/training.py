@@ -59,7 +59,8 @@ class TrainConfig:
     matrix_lr: float = 0.02
     """Muon's learning rate for the matrices inside blocks."""
     embed_lr: float = 0.02
-    """AdamW's learning rate for the embedding (scaled by (width / 768)^-0.5)."""
+    """AdamW's learning rate for the embedding (scaled by (width / 768)^-0.5). nanochat's .2 goes with a norm right after
+    the embedding; without one it makes the embedding drown what the blocks write."""
     head_lr: float = 0.004
     """AdamW's learning rate for the output layer (scaled likewise)."""
     scalar_lr: float = 0.005

@@ -45,11 +45,13 @@ class ModelShape:
     """relu2 or swiglu."""
     rope: bool = True
     """Rotary positions in attention."""
+    rope_theta: float | None = None
+    """Base of the rotary positions' wavelengths; larger keeps more of a head for matching content far away."""
     tie_embeddings: bool = False
     """One matrix for embedding and output layer."""
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        optional = {k: getattr(self, k) for k in ("n_kv_head", "d_state", "mamba_head_dim") if getattr(self, k)}
+        optional = {k: getattr(self, k) for k in ("n_kv_head", "d_state", "mamba_head_dim", "rope_theta") if getattr(self, k)}
         try:
             return ModelConfig.from_depth(
                 vocab_size,
