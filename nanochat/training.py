@@ -59,8 +59,8 @@ class TrainConfig:
     matrix_lr: float = 0.02
     """Muon's learning rate for the matrices inside blocks."""
     embed_lr: float = 0.02
-    """AdamW's learning rate for the embedding (scaled by (width / 768)^-0.5). nanochat's .2 goes with a norm right after
-    the embedding; without one it makes the embedding drown what the blocks write."""
+    """AdamW's learning rate for the embedding (scaled by (width / 768)^-0.5). nanochat's .2 goes with a norm right
+    after the embedding; without one it makes the embedding drown what the blocks write."""
     head_lr: float = 0.004
     """AdamW's learning rate for the output layer (scaled likewise)."""
     scalar_lr: float = 0.005
@@ -256,8 +256,8 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise UserError(
-                f"step {step} ({phases[phase_index].name}): loss {loss_value}, gradient norm {norm}; stopped before the "
-                "update. Lower the learning rate (--init_lr_frac) and go on with --resume auto"
+                f"step {step} ({phases[phase_index].name}): loss {loss_value}, gradient norm {norm}; stopped before "
+                "the update. Lower the learning rate (--init_lr_frac) and go on with --resume auto"
             )
         scale = lr_scale(config, step, progress)
         optimizers.set_lr_scale(scale)

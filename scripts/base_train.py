@@ -51,7 +51,8 @@ class ModelShape:
     """One matrix for embedding and output layer."""
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        optional = {k: getattr(self, k) for k in ("n_kv_head", "d_state", "mamba_head_dim", "rope_theta") if getattr(self, k)}
+        names = ("n_kv_head", "d_state", "mamba_head_dim", "rope_theta")
+        optional = {name: getattr(self, name) for name in names if getattr(self, name)}
         try:
             return ModelConfig.from_depth(
                 vocab_size,
@@ -77,7 +78,7 @@ class Config(TrainConfig, ModelShape):
     tokenizer: Path | None = None
     """Directory of the tokenizer; by default $NANOCHAT_BASE_DIR/tokenizer."""
     copy_warmup_steps: int = 0
-    """Steps of copying random token sequences before the text; about 1M tokens for models of a few million parameters."""
+    """Steps of copying random token sequences before the text; about 1M tokens for a model of a few million weights."""
     recall_warmup_steps: int = 0
     """Steps, after the copying, of looking up values in random records."""
     max_chars: int = -1
