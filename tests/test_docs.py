@@ -15,7 +15,7 @@ SMALLER = {
     "scripts.tok_train": ["--vocab_size", "400"],
     "scripts.base_train": ["--num_steps", "2", "--copy_warmup_steps", "1", "--d_model", "32", "--head_dim", "16"],
     "scripts.chat_sft": ["--num_steps", "2"],
-    "scripts.rag_finetune": ["--num_steps", "3", "--total_batch_size", "1024", "--eval_every", "0"],
+    "scripts.rag_finetune": ["--num_steps", "3", "--total_batch_size", "2048", "--eval_every", "0"],
     "scripts.rag_eval": ["--num_questions", "5"],
     "scripts.rag_chat": ["--max_tokens", "5"],
 }
