@@ -2,9 +2,7 @@
 
 Small models do not find in-context lookup by themselves: on text, the loss of a model of a million parameters stays at
 guessing for thousands of steps. A few hundred steps of copying build the attention pattern it starts from (an induction
-head: Olsson et al. 2022, arXiv 2209.11895), and a few hundred of recall what reading documents needs on top: finding
-the record that a name belongs to, and in it the value of one attribute (multi-query associative recall: Arora et al.
-2023, arXiv 2312.04927, here with keys of two parts).
+head: Olsson et al. 2022, arXiv 2209.11895), first from neighbours, then from far away.
 """
 
 from __future__ import annotations
@@ -26,34 +24,19 @@ def copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
     return ids * 2, [False] * (len(ids) + 1) + [True] * (len(ids) - 1)
 
 
-def recall_example(rng: np.random.Generator, vocab_size: int) -> Example:
-    """2 to 8 records, then questions about them.
+def far_copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
+    """1 to 12 random sequences of 6 to 16 tokens, then all of them again in another order.
 
-    A record is a name of 2 to 5 tokens and 3 to 6 attributes in random order, each with a value of 1 to 4 tokens. All
-    records of an example have the same attributes, and their names are made of the same few tokens, so that neither a
-    part of a name nor an attribute alone tells the answer. A question is a name and an attribute; its value, and the
-    mark after it, are learned.
+    In the second copies all but the first two tokens are learned: those say which sequence comes. Copying learned on
+    neighbours alone matches at short distances only; a name in a question is hundreds of tokens from its document.
     """
-
-    def draw(n: int) -> list[int]:
-        return rng.integers(0, vocab_size, n).tolist()
-
-    record_mark, question_mark, value_mark = draw(3)
-    records, attributes, pool = int(rng.integers(2, 9)), draw(int(rng.integers(3, 7))), draw(12)
-    names = [rng.choice(pool, int(rng.integers(2, 6))).tolist() for _ in range(records)]
-    values = {(r, a): draw(int(rng.integers(1, 5))) for r in range(records) for a in range(len(attributes))}
-    ids: list[int] = []
-    for r, name in enumerate(names):
-        ids += [record_mark, *name]
-        for a in rng.permutation(len(attributes)).tolist():
-            ids += [attributes[a], *values[r, a], value_mark]
-    mask = [False] * len(ids)
-    for r, a in rng.permutation(list(values)).tolist():
-        if names.count(names[r]) > 1:
-            continue  # two records of one name: the question has no single answer
-        question, answer = [question_mark, *names[r], attributes[a]], [*values[r, a], value_mark]
-        ids += question + answer
-        mask += [False] * len(question) + [True] * len(answer)
+    number = int(rng.choice([1, 2, 3, 4, 6, 8, 12]))
+    first = [rng.integers(0, vocab_size, int(rng.integers(6, 17))).tolist() for _ in range(number)]
+    again = [first[i] for i in rng.permutation(number).tolist()]
+    ids = [token for sequence in first + again for token in sequence]
+    mask = [False] * (len(ids) // 2)
+    for sequence in again:
+        mask += [False, False] + [True] * (len(sequence) - 2)
     return ids, mask
 
 

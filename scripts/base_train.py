@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train --input data/text --depth 20
 
 The tokenizer comes from scripts.tok_train. A very small model does not find in-context lookup by itself: give it
---copy_warmup_steps 300 --recall_warmup_steps 300, warm-ups on random tokens (nanochat/warmup.py), before the text.
+--copy_warmup_steps 200 --far_copy_warmup_steps 100, warm-ups on random tokens (nanochat/warmup.py), before the text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nanochat.model.lm import HybridLM, ModelConfig
 from nanochat.packing import PackedBatches, TokenData
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Phase, TrainConfig, mean_loss, rows_per_step, train
-from nanochat.warmup import WarmupBatches, copy_example, recall_example
+from nanochat.warmup import WarmupBatches, copy_example, far_copy_example
 
 
 @dataclass(kw_only=True)
@@ -79,8 +79,8 @@ class Config(TrainConfig, ModelShape):
     """Directory of the tokenizer; by default $NANOCHAT_BASE_DIR/tokenizer."""
     copy_warmup_steps: int = 0
     """Steps of copying random token sequences before the text; about 1M tokens for a model of a few million weights."""
-    recall_warmup_steps: int = 0
-    """Steps, after the copying, of looking up values in random records."""
+    far_copy_warmup_steps: int = 0
+    """Steps, after those, of copying from anywhere in the context; learned in a few dozen once copying is."""
     max_chars: int = -1
     """Read at most this many characters of text; -1: all."""
     eval_steps: int = 8
@@ -105,7 +105,7 @@ def main() -> None:
     phases = [Phase("text", text, steps)] if steps else []
     ordinary = len(tokenizer.token_bytes)  # special tokens are not part of the warm-ups
     warmups = [
-        ("recall", recall_example, config.recall_warmup_steps),
+        ("far copy", far_copy_example, config.far_copy_warmup_steps),
         ("copy", copy_example, config.copy_warmup_steps),
     ]
     for name, example, number in warmups:

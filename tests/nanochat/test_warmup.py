@@ -8,7 +8,7 @@ import torch
 
 from nanochat.model.lm import IGNORE
 from nanochat.packing import Batch
-from nanochat.warmup import WarmupBatches, copy_example, recall_example
+from nanochat.warmup import WarmupBatches, copy_example, far_copy_example
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -39,7 +39,7 @@ def test_what_copying_teaches_is_in_the_context(L):
                     assert targets[at] == tokens[at - size + 1]
 
 
-@pytest.mark.parametrize("example", [copy_example, recall_example])
+@pytest.mark.parametrize("example", [copy_example, far_copy_example])
 def test_batches_differ_by_step_row_and_seed(example):
 
     def make(seed: int) -> WarmupBatches:
@@ -53,32 +53,17 @@ def test_batches_differ_by_step_row_and_seed(example):
     assert not torch.equal(first.tokens[0], first.tokens[1])
 
 
-def test_recall_asks_what_its_records_say():
-    """Read the records back from the tokens, slowly, and answer every question from them."""
+def test_far_copies_can_be_known_from_their_first_two_tokens():
+    """Of so many tokens no two are alike by chance, so a learned token has one earlier place to be read from."""
     rng = np.random.default_rng(0)
+    distances = []
     for _ in range(100):
-        ids, mask = recall_example(rng, 10_000_000)  # so many tokens that no two marks or attributes are alike
-        assert len(ids) == len(mask) and not mask[0] and mask[-1]
-        record_mark, value_mark = ids[0], ids[-1]
-        answers = [i for i in range(1, len(ids)) if mask[i] and not mask[i - 1]]  # where each begins
-        attributes = {ids[i - 1] for i in answers}
-        first_question = max(i for i in range(answers[0]) if ids[i] == value_mark) + 1
-        records: dict[tuple, dict] = {}
-        at = 0
-        while at < first_question:
-            if ids[at] == record_mark:
-                start = at + 1
-                at = next(i for i in range(start, first_question) if ids[i] in attributes)
-                name = tuple(ids[start:at])
-                assert 2 <= len(name) <= 5
-                fields = records.setdefault(name, {})
-            end = ids.index(value_mark, at)
-            fields.setdefault(ids[at], ids[at + 1 : end])
-            at = end + 1
-        assert 2 <= len(records) <= 8 and all(set(fields) == attributes for fields in records.values())
-        assert len(answers) == len(records) * len(attributes)  # everything is asked once
-        for i in answers:
-            start = max(j for j in range(i) if ids[j] == value_mark) + 1
-            end = ids.index(value_mark, i)
-            assert records[tuple(ids[start + 1 : i - 1])][ids[i - 1]] == ids[i:end]
-            assert all(mask[i : end + 1]) and not any(mask[start:i])
+        ids, mask = far_copy_example(rng, 10_000_000)
+        half = len(ids) // 2
+        assert len(ids) == len(mask) and sorted(ids[:half]) == sorted(ids[half:]) and not any(mask[:half])
+        for i in range(half, len(ids)):
+            if mask[i]:
+                at = ids.index(ids[i - 1])
+                assert at < half and ids[at - 1] == ids[i - 2] and ids[at + 1] == ids[i]
+                distances.append(i - at)
+    assert max(distances) > 200 and np.mean(mask) > 0.3
