@@ -123,10 +123,12 @@ def seed_everything(seed: int) -> None:
 
 
 def compute_cleanup() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; together, since the main process may still be writing its report and
+    its peers must not tear their connections to it down meanwhile."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

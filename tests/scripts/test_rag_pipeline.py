@@ -47,7 +47,7 @@ def run(home: Path, module: str, *args) -> subprocess.CompletedProcess[str]:
 
 
 def ok(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     return done.stdout
 
 
