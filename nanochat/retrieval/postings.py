@@ -9,6 +9,7 @@ adding and deleting exact: the arrays become what a fresh build would have made.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,13 +116,13 @@ class LexicalRetriever(Retriever):
 
     # --- what a subclass says
 
+    @abstractmethod
     def query_weights(self, terms: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The weight of each query term (given as term numbers and how often the query has them)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def posting_weights(self, docs: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The weight of one term in the documents that have it, so many times each."""
-        raise NotImplementedError
 
     def collection_changed(self) -> None:
         """Recompute what depends on all documents."""

@@ -11,6 +11,7 @@ After any adds and deletes the results equal those of a retriever built afresh f
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nanochat.retrieval.document import Document
 from nanochat.retrieval.store import DocumentStore
 
 
-class Retriever:
+class Retriever(ABC):
     type = ""
 
     def __init__(self) -> None:
@@ -30,33 +31,33 @@ class Retriever:
 
     # --- what a subclass says; documents are rows of the store here
 
+    @abstractmethod
     def rank(self, queries: list[str], top_k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(rows, scores) of each query's best documents, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score_rows(self, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
         """The exact scores of given documents, for each query its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, documents: Iterable[Document]) -> Any:
         """The costly part of adding, which may fail; nothing is changed yet."""
-        raise NotImplementedError
 
-    def append_index(self, prepared: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def append_index(self, prepared: Any) -> None: ...
 
-    def keep_index(self, mask: np.ndarray) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def keep_index(self, mask: np.ndarray) -> None: ...
 
-    def save_index(self, directory: Path) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def save_index(self, directory: Path) -> None: ...
 
-    def load_index(self, directory: Path) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def load_index(self, directory: Path) -> None: ...
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What is needed to make this retriever again; JSON values only."""
-        raise NotImplementedError
 
     def share_documents(self, documents: DocumentStore) -> None:
         self.documents = documents
