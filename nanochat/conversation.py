@@ -3,14 +3,16 @@
     <|bos|>
     <|system_start|> text <|system_end|>
     <|retrieval_start|> [<|search_start|> query <|search_end|>]
-        <|doc_start|> [1] title <|doc_body|> content <|doc_end|> ... <|retrieval_end|>
+        <|doc_start|> title 1 <|doc_body|> content <|doc_end|> ... <|retrieval_end|>
     <|user_start|> text <|user_end|>
     <|assistant_start|> text <|assistant_end|>
 
 An assistant message may hold parts: text, a search (<|search_start|> query <|search_end|>, written by the model) and
 the documents that came back (a retrieval block). Loss falls on what the model writes: its text, its searches with their
-markers, and <|assistant_end|>. Documents are numbered [1], [2], ... through the whole conversation, so that a number
-names one document however long the talk is, and keeps its number when others are dropped for length.
+markers, and <|assistant_end|>. Documents are numbered 1, 2, ... through the whole conversation, so that a number names
+one document however long the talk is, and keeps its number when others are dropped for length; an answer cites it as
+[1]. The number stands right after the title: to find a name and say what follows it is the first kind of lookup that a
+small model learns, so it learns to cite (docs/lab_notes.md).
 
 Every text begins with a space, so that its first word has the tokens it has inside a sentence.
 All text is encoded as ordinary text: whatever a document or a user spells, it never becomes a control token.
@@ -337,8 +339,9 @@ def _block(
     segments = [_Segment(opening)]
     for number, document in enumerate(documents, start=first_number):
         shown = _as_dict(document)
-        label = _encode(f"[{number}] {shown.get('title', '')}".strip(), tokenizer)[:MAX_TITLE_TOKENS]
+        title = _encode(shown.get("title", "").strip(), tokenizer)[:MAX_TITLE_TOKENS]
         body = _encode(shown["content"], tokenizer)[:max_doc_tokens]
+        label = title + tokenizer.encode(str(number))
         ids = [special("<|doc_start|>"), *label, special("<|doc_body|>"), *body, special("<|doc_end|>")]
         segments.append(_Segment(ids, is_document=True))
     segments.append(_Segment([special("<|retrieval_end|>")]))

@@ -16,6 +16,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+_CITATION = re.compile(r"\s*\[(\d{1,9})\]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -23,6 +24,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalize_answer(text: str) -> str:
     """Lower case, without ASCII punctuation and the words a, an, the; single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def split_citations(answer: str) -> tuple[str, list[int]]:
+    """An answer without its citations, and the document numbers they name: "[2] 1904 [2][3]" -> ("1904", [2, 3])."""
+    numbers = dict.fromkeys(int(number) for number in _CITATION.findall(answer))
+    return _CITATION.sub("", answer).strip(), list(numbers)
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
@@ -58,6 +65,16 @@ def recall_at_k(retrieved: Sequence[str], gold: Iterable[str], k: int) -> float:
     """Share of the gold documents that are among the first k retrieved."""
     gold = _gold(gold)
     return len(gold.keys() & set(retrieved[:k])) / len(gold)
+
+
+def citation_scores(cited: Sequence[Sequence[str]], golds: Sequence[Iterable[str]]) -> tuple[float, float]:
+    """Precision: of all citations, the share that names a gold document (0 if there is none). Recall: the share of its
+    gold documents that an answer cites, mean over the answers. cited: for each answer, the ids it names."""
+    sets = [set(gold) for gold in golds]
+    right = [len(set(ids) & gold) for ids, gold in zip(cited, sets, strict=True)]
+    total = sum(len(set(ids)) for ids in cited)
+    recall = sum(n / len(gold) for n, gold in zip(right, sets, strict=True)) / len(sets)
+    return sum(right) / max(1, total), recall
 
 
 def reciprocal_rank(retrieved: Sequence[str], gold: Iterable[str], k: int | None = None) -> float:

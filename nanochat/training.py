@@ -105,6 +105,10 @@ class Phase:
     name: str
     batches: Batches
     steps: int
+    depth: int | None = None
+    """Train the first blocks only, with the output layer right after them; the others are left as they are."""
+    lr: float = 1.0
+    """Scales the learning rates."""
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -236,7 +240,8 @@ def train(
         # under a time limit every phase gets its share of the time, whatever the machine's speed
         progress = max(step / num_steps, elapsed / limit)
         phase_index = max(i for i, start in enumerate(starts) if start <= progress)
-        batches = phases[phase_index].batches
+        phase = phases[phase_index]
+        batches = phase.batches
         shares = _micro_batches(batches.rows_per_step, config.device_batch_size, compute)
         micros = [batches.get(taken[phase_index], rows) for rows in shares]
         counts = torch.tensor([sum((b.targets != IGNORE).sum().item() for b in micros)], dtype=torch.float64)
@@ -247,7 +252,8 @@ def train(
         for batch in micros:
             batch = batch.to(compute.device)
             with autocast(compute.device, dtype):
-                loss = model(batch.tokens, batch.targets, seq_idx=batch.seq_idx, reduction="sum") / learned
+                loss = model(batch.tokens, batch.targets, seq_idx=batch.seq_idx, reduction="sum", depth=phase.depth)
+                loss = loss / learned
             loss.backward()
             loss_sum += loss.detach()
         _sum_gradients(model, compute)
@@ -256,10 +262,10 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise UserError(
-                f"step {step} ({phases[phase_index].name}): loss {loss_value}, gradient norm {norm}; stopped before "
+                f"step {step} ({phase.name}): loss {loss_value}, gradient norm {norm}; stopped before "
                 "the update. Lower the learning rate (--init_lr_frac) and go on with --resume auto"
             )
-        scale = lr_scale(config, step, progress)
+        scale = phase.lr * lr_scale(config, step, progress)
         optimizers.set_lr_scale(scale)
         optimizers.step()
         optimizers.zero_grad()
@@ -272,7 +278,7 @@ def train(
         done = step >= num_steps or elapsed >= limit
         tokens = batches.rows_per_step * batches.max_seq_len
         figures = {
-            "phase": phases[phase_index].name,
+            "phase": phase.name,
             "loss": loss_value,
             "lr_scale": scale,
             "grad_norm": norm,

@@ -1,19 +1,49 @@
-"""Warm-up tasks for very small models: batches of random tokens that teach looking things up, before there is text.
+"""Exercises for very small models: batches of random tokens that teach looking things up, before there is text.
 
 Small models do not find in-context lookup by themselves: on text, the loss of a model of a million parameters stays at
-guessing for thousands of steps. A few hundred steps of copying build the attention pattern it starts from (an induction
-head: Olsson et al. 2022, arXiv 2209.11895), first from neighbours, then from far away.
+guessing for thousands of steps. Four exercises build it in order. Copying makes an induction head (Olsson et al. 2022,
+arXiv 2209.11895): find where the last token stood before, say what followed. Far copying makes it match several tokens
+over any distance. Both are trained on the first blocks alone, so that the head forms in the first attention layer and
+the layers above can use what it finds. Recall then separates finding from saying: the cue stands inside a question, and
+its continuation is the answer. Records, last, go from a document's number and a key to the value that it holds, and
+from its title to its number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from nanochat.model.lm import IGNORE
 from nanochat.packing import Batch
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass
+class Marks:
+    """Tokens that documents and questions are made of, as nanochat/conversation.py lays them out."""
+
+    doc_start: int
+    doc_body: int
+    doc_end: int
+    user_start: int
+    user_end: int
+    assistant_start: int
+    numbers: list[list[int]]
+    """Of documents 1 to 5."""
+    bracket: list[int]
+    closing: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Marks:
+        names = ("doc_start", "doc_body", "doc_end", "user_start", "user_end", "assistant_start")
+        special = [tokenizer.special_id(f"<|{name}|>") for name in names]
+        numbers = [tokenizer.encode(str(n)) for n in range(1, 6)]
+        return cls(*special, numbers, tokenizer.encode(" ["), tokenizer.encode("]"))
+
 
 Example = tuple[list[int], list[bool]]  # tokens, and for each whether it is learned; the first never is
 
@@ -25,18 +55,80 @@ def copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
 
 
 def far_copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
-    """1 to 12 random sequences of 6 to 16 tokens, then all of them again in another order.
+    """1 to 12 sequences of 6 to 16 tokens, then all of them again in another order.
 
-    In the second copies all but the first two tokens are learned: those say which sequence comes. Copying learned on
-    neighbours alone matches at short distances only; a name in a question is hundreds of tokens from its document.
+    All are spelled with the same few tokens, as names are with the same syllables, so that one token says little and
+    several have to match. In the second copies all but the first four tokens are learned: those say which one it is.
     """
     number = int(rng.choice([1, 2, 3, 4, 6, 8, 12]))
-    first = [rng.integers(0, vocab_size, int(rng.integers(6, 17))).tolist() for _ in range(number)]
+    alphabet = rng.integers(0, vocab_size, int(rng.choice([12, 24, 48])))
+    first = [rng.choice(alphabet, int(rng.integers(6, 17))).tolist() for _ in range(number)]
     again = [first[i] for i in rng.permutation(number).tolist()]
     ids = [token for sequence in first + again for token in sequence]
     mask = [False] * (len(ids) // 2)
     for sequence in again:
-        mask += [False, False] + [True] * (len(sequence) - 2)
+        mask += [False] * 4 + [True] * (len(sequence) - 4)
+    return ids, mask
+
+
+def recall_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> Example:
+    """Documents of 10 to 29 tokens, then three questions a document: 3 to 5 of its tokens with 0 to 8 others before and
+    after. The answer is how the document goes on after them, 1 to 4 tokens."""
+    number = int(rng.choice([1, 2, 3, 4, 6]))
+    alphabet = rng.integers(0, vocab_size, int(rng.choice([24, 48, 200])))
+    documents = [rng.choice(alphabet, int(rng.integers(10, 30))).tolist() for _ in range(number)]
+    ids = [token for document in documents for token in (marks.doc_start, *document, marks.doc_end)]
+    mask = [False] * len(ids)
+    for _ in range(3 * number):
+        document = documents[int(rng.integers(number))]
+        width = int(rng.integers(3, 6))
+        start = int(rng.integers(0, len(document) - width - 4))
+        before, after = (rng.choice(alphabet, int(n)).tolist() for n in rng.integers(0, 9, 2))
+        cue = document[start : start + width]
+        answer = document[start + width : start + width + int(rng.integers(1, 5))]
+        question = [marks.user_start, *before, *cue, *after, marks.user_end, marks.assistant_start]
+        ids += question + answer
+        mask += [False] * len(question) + [True] * len(answer)
+    return ids, mask
+
+
+def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks, by_title: float) -> Example:
+    """1 to 5 numbered documents that hold a value for each of the same 1 to 6 keys, then up to eight questions.
+
+    The answer is a document's number in brackets and a value. A share of the questions, by_title, give the document's
+    title and a key, and both are learned; the others give the key alone, and only the value is learned, from the number
+    before it. Where all give a title, choosing the value by the number is not learned.
+    """
+
+    def some(low: int, high: int, alphabet: np.ndarray | None = None) -> list[int]:
+        size = int(rng.integers(low, high))
+        return (rng.integers(0, vocab_size, size) if alphabet is None else rng.choice(alphabet, size)).tolist()
+
+    letters = rng.integers(0, vocab_size, int(rng.choice([12, 24, 48])))
+    firsts, lasts = ([some(1, 4, letters) for _ in range(4)] for _ in range(2))  # titles share words, as names do
+    keys = [some(1, 3) for _ in range(int(rng.choice([1, 2, 3, 6])))]
+    ids, asked = [], []
+    pairs = rng.permutation(16)  # of a first and a last word
+    for number, pair in zip(marks.numbers[: int(rng.integers(1, 6))], pairs.tolist(), strict=False):
+        title = firsts[pair // 4] + lasts[pair % 4]
+        ids += [marks.doc_start, *title, *number, marks.doc_body]
+        for k in rng.permutation(len(keys)).tolist():
+            value = some(1, 3)
+            ids += keys[k] + value
+            asked.append((number, title, keys[k], value))
+        ids += [marks.doc_end]
+    mask = [False] * len(ids)
+    for i in rng.permutation(len(asked))[:8].tolist():
+        number, title, key, value = asked[i]
+        titled = bool(rng.random() < by_title)
+        parts = [title if titled else [], some(0, 3), key]
+        if rng.random() < 0.5:
+            parts.reverse()
+        question = [marks.user_start, *some(0, 3), *parts[0], *parts[1], *parts[2], *some(0, 2)]
+        question += [marks.user_end, marks.assistant_start, *marks.bracket]
+        cited = [*number, *marks.closing]
+        ids += question + cited + value
+        mask += [False] * len(question) + [titled] * len(cited) + [True] * len(value)
     return ids, mask
 
 

@@ -4,12 +4,13 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train --input data/text --depth 20
 
 The tokenizer comes from scripts.tok_train. A very small model does not find in-context lookup by itself: give it
---copy_warmup_steps 200 --far_copy_warmup_steps 100, warm-ups on random tokens (nanochat/warmup.py), before the text.
+exercises on random tokens (nanochat/warmup.py), as configs/demo_base.py does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoint_root
@@ -20,7 +21,7 @@ from nanochat.model.lm import HybridLM, ModelConfig
 from nanochat.packing import PackedBatches, TokenData
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Phase, TrainConfig, mean_loss, rows_per_step, train
-from nanochat.warmup import WarmupBatches, copy_example, far_copy_example
+from nanochat.warmup import Marks, WarmupBatches, copy_example, far_copy_example, recall_example, record_example
 
 
 @dataclass(kw_only=True)
@@ -80,11 +81,39 @@ class Config(TrainConfig, ModelShape):
     copy_warmup_steps: int = 0
     """Steps of copying random token sequences before the text; about 1M tokens for a model of a few million weights."""
     far_copy_warmup_steps: int = 0
-    """Steps, after those, of copying from anywhere in the context; learned in a few dozen once copying is."""
+    """Steps, after those, of copying from anywhere in the context by matching several tokens."""
+    recall_warmup_steps: int = 0
+    """Steps, after those, of answering with what followed a few tokens of the question in a document."""
+    record_warmup_steps: int = 0
+    """Steps, after those, of finding a document's number by its title and a value by number and key: a third with
+    titles, a third with numbers alone, a third with both."""
+    text_lr_frac: float = 1.0
+    """Scales the learning rates on text: a tiny model forgets its warm-up in a few steps at the full rate."""
     max_chars: int = -1
     """Read at most this many characters of text; -1: all."""
     eval_steps: int = 8
     """Batches of held-out text in one validation."""
+
+
+def warmup_phases(config: Config, tokenizer: Tokenizer, model: HybridLM, rows: int) -> list[Phase]:
+    """The exercises of nanochat/warmup.py, copying on the blocks up to the first attention that has one below it."""
+    lookup_depth = model.config.block_pattern.find("T", 1) + 1 or None
+    marks = Marks.of(tokenizer)
+    exercises = [
+        ("copy", copy_example, config.copy_warmup_steps, lookup_depth, 1.0),
+        ("far copy", far_copy_example, config.far_copy_warmup_steps, lookup_depth, 1.0),
+        ("recall", partial(recall_example, marks=marks), config.recall_warmup_steps, None, 1.0),
+        *(
+            (name, partial(record_example, marks=marks, by_title=share), -(-config.record_warmup_steps // 3), None, 0.5)
+            for name, share in (("records by title", 1), ("records by number", 0), ("records", 0.5))
+        ),
+    ]
+    ordinary = len(tokenizer.token_bytes)  # special tokens are not copied
+    return [
+        Phase(name, WarmupBatches(example, ordinary, config.max_seq_len, rows, config.seed), steps, depth, lr)
+        for name, example, steps, depth, lr in exercises
+        if steps
+    ]
 
 
 def main() -> None:
@@ -102,16 +131,8 @@ def main() -> None:
     print0(f"text: {len(splits['train'][0]):,} tokens to train on, {len(splits['val'][0]):,} held out")
     text = texts["train"]
     steps = config.num_steps if config.num_steps >= 0 else round(config.num_epochs * text.steps_per_epoch())
-    phases = [Phase("text", text, steps)] if steps else []
-    ordinary = len(tokenizer.token_bytes)  # special tokens are not part of the warm-ups
-    warmups = [
-        ("far copy", far_copy_example, config.far_copy_warmup_steps),
-        ("copy", copy_example, config.copy_warmup_steps),
-    ]
-    for name, example, number in warmups:
-        if number:
-            batches = WarmupBatches(example, ordinary, config.max_seq_len, rows, config.seed)
-            phases.insert(0, Phase(name, batches, number))
+    phases = [Phase("text", text, steps, lr=config.text_lr_frac)] if steps else []
+    phases = warmup_phases(config, tokenizer, model, rows) + phases
     tag = config.model_tag or f"d{len(model.config.block_pattern)}"
 
     def evaluate() -> dict[str, float]:

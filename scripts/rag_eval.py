@@ -21,7 +21,7 @@ from nanochat.common import UserError, atomic_write_text, compute_init, print0, 
 from nanochat.config import config_to_dict, format_config, load_config
 from nanochat.conversation import answer_text, render_prompt
 from nanochat.engine import Engine
-from nanochat.metrics import exact_match, f1, recall_at_k
+from nanochat.metrics import citation_scores, exact_match, f1, recall_at_k, split_citations
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries, write_jsonl
 from nanochat.training import autocast, resolve_dtype
@@ -97,12 +97,21 @@ def evaluate_system(
         generated = engine.generate_batch(prompts, config.max_tokens, batch_size=config.batch_size)
     seconds = time.perf_counter() - began
     answers = [answer_text(ids, engine.tokenizer) for ids in generated]
+    said, cited = zip(*map(split_citations, answers), strict=True)
     scores = {
-        "em": sum(exact_match(a, q["answers"]) for a, q in zip(answers, queries, strict=True)) / len(queries),
-        "f1": sum(f1(a, q["answers"]) for a, q in zip(answers, queries, strict=True)) / len(queries),
+        "em": sum(exact_match(a, q["answers"]) for a, q in zip(said, queries, strict=True)) / len(queries),
+        "f1": sum(f1(a, q["answers"]) for a, q in zip(said, queries, strict=True)) / len(queries),
         "seconds_per_question": seconds / len(queries),
         "prompt_tokens": sum(map(len, prompts)) / len(prompts),
     }
+    if any(documents) and any(cited):
+        # a number beyond the documents shown is a citation too, of nothing
+        names = [
+            [shown[n - 1].id if 0 < n <= len(shown) else f"[{n}]" for n in numbers]
+            for shown, numbers in zip(documents, cited, strict=True)
+        ]
+        golds = [q["doc_ids"] for q in queries]
+        scores["citation_precision"], scores["citation_recall"] = citation_scores(names, golds)
     return scores, answers
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -55,8 +56,10 @@ class Config(TrainConfig):
     """A local copy of SmolTalk (.jsonl)."""
     dolly_path: Path | None = None
     """The file of Dolly 15k."""
-    questions_per_context: int = 1
-    """Questions asked of the same documents in one talk; more of them means more learned tokens for each token read."""
+    questions_per_document: int = 1
+    """Questions asked of every document shown, in one talk: more learned tokens for each token read. 0: only one."""
+    cite: bool = True
+    """Answers begin with the numbers of the documents they come from: "[2] 1904"."""
     curriculum: list[str] = field(default_factory=list)
     """Stages as documents:share of the training, like "1:0.2,2:0.2,5:0.6"; empty: top_k all along."""
     max_doc_length: int = 500
@@ -152,16 +155,24 @@ def main() -> None:
         random.Random(config.seed).shuffle(queries)
         held_out = min(200, len(queries) // 10)
         val_queries, queries = queries[:held_out], queries[held_out:]
+    make_task = partial(
+        RAGTask,
+        manager=manager,
+        top_k=config.top_k,
+        questions_per_document=config.questions_per_document,
+        cite=config.cite,
+        seed=config.seed,
+    )
     tasks: list[RAGTask | RetrievalTask] = []
     if queries:
-        tasks.append(RAGTask(queries, manager, config.top_k, config.questions_per_context, config.seed))
+        tasks.append(make_task(queries))
     if base:
         tasks.append(RetrievalTask(base, manager, config.top_k))
     rows = rows_per_step(config, compute.world_size)
     phases = make_phases(tasks, tokenizer, config, rows)
     evaluate = None
     if val_queries:
-        val_task = RAGTask(val_queries[:1000], manager, config.top_k, config.questions_per_context, config.seed)
+        val_task = make_task(val_queries[:1000])
         data, counts = render_examples(val_task, tokenizer, config.max_seq_len, config.max_doc_length)
         print0(f"val, {config.top_k} documents: {counts}")
         val = PackedBatches(data, config.max_seq_len, rows, config.seed)

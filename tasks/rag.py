@@ -42,8 +42,11 @@ class RAGTask:
     """Conversations from questions with gold documents.
 
     queries: by the Query contract; those without an answer or a gold document are left out. top_k: documents in a
-    context. questions_per_context: how many further questions that the same documents answer follow as turns of the
-    same talk, which gives more learned tokens for each document read.
+    context. questions_per_document: every document shown, distractors too, is asked this many of the questions that it
+    answers, as turns of one talk in random order, which gives more learned tokens for each token read. With more than a
+    few, later questions can be answered from the earlier ones instead of from the documents. 0: the one question only.
+    cite: an answer begins with the numbers of the documents it comes from, "[2] 1904". The reader can check it, and the
+    model has to find the document first.
     """
 
     def __init__(
@@ -51,14 +54,15 @@ class RAGTask:
         queries: Sequence[dict[str, Any]],
         manager: RetrievalManager,
         top_k: int = 5,
-        questions_per_context: int = 1,
+        questions_per_document: int = 1,
+        cite: bool = False,
         seed: int = 0,
     ):
         self.queries = [q for q in queries if q["answers"] and q["doc_ids"]]
         if not self.queries:
             raise UserError("none of the queries has both an answer and a gold document: nothing to train on")
         self.store, self.top_k, self.seed = manager.retriever.documents, top_k, seed
-        self.questions_per_context = questions_per_context
+        self.questions_per_document, self.cite = questions_per_document, cite
         missing = next((q for q in self.queries for i in q["doc_ids"] if i not in self.store), None)
         if missing is not None:
             raise UserError(
@@ -89,15 +93,21 @@ class RAGTask:
         """The index-th example; another epoch shuffles documents and further questions anew."""
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         ids = self.context(index, rng, top_k or self.top_k)
-        more = [i for doc in ids for i in self.asked_of[doc] if i != index]
-        rng.shuffle(more)
-        asked = [index, *more[: self.questions_per_context - 1]]
+        asked = [index]
+        for doc in ids:
+            others = [i for i in self.asked_of[doc] if i != index]
+            wanted = self.questions_per_document - (doc in self.queries[index]["doc_ids"])
+            asked += rng.sample(others, max(0, min(len(others), wanted)))
         rng.shuffle(asked)
         documents = [self.store[int(row)].to_dict(with_score=False) for row in self.store.rows(ids)]
         messages: list[dict[str, Any]] = [{"role": "retrieval", "documents": documents}]
         for i in asked:
             messages.append({"role": "user", "content": self.queries[i]["query"]})
-            messages.append({"role": "assistant", "content": self.queries[i]["answers"][0]})
+            answer = self.queries[i]["answers"][0]
+            if self.cite:
+                numbers = sorted(ids.index(doc) + 1 for doc in self.queries[i]["doc_ids"])
+                answer = " ".join([*(f"[{n}]" for n in numbers), answer])
+            messages.append({"role": "assistant", "content": answer})
         return {"messages": messages, "metadata": {"query": self.queries[index]["id"]}}
 
 

@@ -204,6 +204,7 @@ class HybridLM(nn.Module):
         valid: Tensor | None = None,
         reduction: str = "mean",
         last_only: bool = False,
+        depth: int | None = None,
     ) -> Tensor:
         """Logits (B, L, V), or with targets the cross-entropy.
 
@@ -211,7 +212,7 @@ class HybridLM(nn.Module):
         go through the output layer. reduction: "mean", "sum", or "none" for one loss per learned position, in row
         order. seq_idx (B, L) marks packed documents: attention does not look across and the scan restarts.
         cache: continue from it and extend it; valid (B,) then counts each row's real tokens, right padding follows.
-        last_only: logits (B, V) of each row's last real token.
+        last_only: logits (B, V) of each row's last real token. depth: only the first blocks, for training them first.
         """
         if cache is not None and seq_idx is not None:
             raise ValueError("packed documents (seq_idx) cannot be combined with a cache")
@@ -224,7 +225,7 @@ class HybridLM(nn.Module):
             needed = cache.max_length + L
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta) if self.config.rope else None
         segments = segments_of(seq_idx) if seq_idx is not None and "T" in self.config.block_pattern else None
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[:depth]):
             layer = cache.layers[i] if cache is not None else None
             if block.kind == "T":
                 context = {"rotary": rotary, "segments": segments}

@@ -24,10 +24,14 @@ FIRST_SPECIAL = len(TOKENIZER.token_bytes)
 
 
 def ids_of(layout: str) -> list[int]:
-    """Hand-written layouts: special tokens by their short names in braces, the rest ordinary text after a space."""
+    """Hand-written layouts: special tokens by their short names in braces, a document's number as {1}, the rest
+    ordinary text after a space."""
     ids: list[int] = []
     for part in layout.replace("}", "{").split("{"):
         name = f"<|{part}|>"
+        if part.isdigit():
+            ids += TOKENIZER.encode(part)
+            continue
         ids += [TOKENIZER.special_id(name)] if name in SPECIAL_TOKENS else TOKENIZER.encode(f" {part}" if part else "")
     return ids
 
@@ -101,8 +105,8 @@ LAYOUTS = {
     "documents": (
         talk(system("s"), retrieval(NORTH, SOUTH), user("q"), assistant("cold [1]")),
         (
-            "{bos}{system_start}s{system_end}{retrieval_start}{doc_start}[1] North{doc_body}cold{doc_end}"
-            "{doc_start}[2] South{doc_body}warm{doc_end}{retrieval_end}"
+            "{bos}{system_start}s{system_end}{retrieval_start}{doc_start}North{1}{doc_body}cold{doc_end}"
+            "{doc_start}South{2}{doc_body}warm{doc_end}{retrieval_end}"
             "{user_start}q{user_end}{assistant_start}cold [1]{assistant_end}"
         ),
         "| cold [1]<|assistant_end|>",
@@ -110,7 +114,7 @@ LAYOUTS = {
     "documents after the question": (
         talk(user("q"), retrieval(NORTH), assistant("a")),
         (
-            "{bos}{user_start}q{user_end}{retrieval_start}{doc_start}[1] North{doc_body}cold{doc_end}{retrieval_end}"
+            "{bos}{user_start}q{user_end}{retrieval_start}{doc_start}North{1}{doc_body}cold{doc_end}{retrieval_end}"
             "{assistant_start}a{assistant_end}"
         ),
         "| a<|assistant_end|>",
@@ -118,9 +122,9 @@ LAYOUTS = {
     "numbers go on through the talk": (
         talk(retrieval(NORTH), user("q"), assistant("a"), retrieval(SOUTH, EAST), user("r"), assistant("b [3]")),
         (
-            "{bos}{retrieval_start}{doc_start}[1] North{doc_body}cold{doc_end}{retrieval_end}"
+            "{bos}{retrieval_start}{doc_start}North{1}{doc_body}cold{doc_end}{retrieval_end}"
             "{user_start}q{user_end}{assistant_start}a{assistant_end}"
-            "{retrieval_start}{doc_start}[2] South{doc_body}warm{doc_end}{doc_start}[3] East{doc_body}dry{doc_end}"
+            "{retrieval_start}{doc_start}South{2}{doc_body}warm{doc_end}{doc_start}East{3}{doc_body}dry{doc_end}"
             "{retrieval_end}{user_start}r{user_end}{assistant_start}b [3]{assistant_end}"
         ),
         "| a<|assistant_end|>| b [3]<|assistant_end|>",
@@ -128,10 +132,10 @@ LAYOUTS = {
     "hops": (
         talk(MULTI_HOP, user("q"), assistant("a")),
         (
-            "{bos}{retrieval_start}{search_start}first{search_end}{doc_start}[1] North{doc_body}cold{doc_end}"
+            "{bos}{retrieval_start}{search_start}first{search_end}{doc_start}North{1}{doc_body}cold{doc_end}"
             "{retrieval_end}{retrieval_start}{search_start}second{search_end}"
-            "{doc_start}[2] South{doc_body}warm{doc_end}"
-            "{doc_start}[3] East{doc_body}dry{doc_end}{retrieval_end}"
+            "{doc_start}South{2}{doc_body}warm{doc_end}"
+            "{doc_start}East{3}{doc_body}dry{doc_end}{retrieval_end}"
             "{user_start}q{user_end}{assistant_start}a{assistant_end}"
         ),
         "| a<|assistant_end|>",
@@ -139,9 +143,9 @@ LAYOUTS = {
     "the model searches": (
         talk(retrieval(EAST), user("q"), SEARCHING),
         (
-            "{bos}{retrieval_start}{doc_start}[1] East{doc_body}dry{doc_end}{retrieval_end}{user_start}q{user_end}"
+            "{bos}{retrieval_start}{doc_start}East{1}{doc_body}dry{doc_end}{retrieval_end}{user_start}q{user_end}"
             "{assistant_start}let me look.{search_start}river{search_end}"
-            "{retrieval_start}{doc_start}[2] North{doc_body}cold{doc_end}{doc_start}[3] South{doc_body}warm{doc_end}"
+            "{retrieval_start}{doc_start}North{2}{doc_body}cold{doc_end}{doc_start}South{3}{doc_body}warm{doc_end}"
             "{retrieval_end}cold [1]{assistant_end}"
         ),
         "| let me look.<|search_start|> river<|search_end|>| cold [1]<|assistant_end|>",
@@ -149,7 +153,7 @@ LAYOUTS = {
     "nothing found, nothing titled": (
         talk(retrieval(), retrieval({"content": "bare"}), user(""), assistant("a")),
         (
-            "{bos}{retrieval_start}{retrieval_end}{retrieval_start}{doc_start}[1]{doc_body}bare{doc_end}{retrieval_end}"
+            "{bos}{retrieval_start}{retrieval_end}{retrieval_start}{doc_start}{1}{doc_body}bare{doc_end}{retrieval_end}"
             "{user_start}{user_end}{assistant_start}a{assistant_end}"
         ),
         "| a<|assistant_end|>",
@@ -186,7 +190,7 @@ def test_spans_hold_the_documents(name: str) -> None:
     assert len(rendered.document_spans) == count_documents(conversation)
     for number, (start, end) in enumerate(rendered.document_spans, start=1):
         text = TOKENIZER.decode(rendered.ids[start:end])
-        assert text.startswith(f"<|doc_start|> [{number}]")
+        assert text.partition("<|doc_body|>")[0].endswith(str(number))
         assert text.endswith("<|doc_end|>")
         assert text.count("<|doc_end|>") == 1
 
@@ -214,7 +218,7 @@ def test_block_equals_the_one_in_a_conversation() -> None:
     assert rendered.ids[start : start + len(block)] == block
     queried = render_block([NORTH], TOKENIZER, query="first")
     assert queried == ids_of(
-        "{retrieval_start}{search_start}first{search_end}{doc_start}[1] North{doc_body}cold{doc_end}{retrieval_end}"
+        "{retrieval_start}{search_start}first{search_end}{doc_start}North{1}{doc_body}cold{doc_end}{retrieval_end}"
     )
 
 
@@ -261,7 +265,7 @@ def test_long_documents_and_titles_are_cut() -> None:
     ids = rendered.ids
     title_end, body_end = (ids.index(TOKENIZER.special_id(name)) for name in ("<|doc_body|>", "<|doc_end|>"))
     assert ids[title_end + 1 : body_end] == TOKENIZER.encode(" " + "c " * 500)[:10]
-    assert title_end - ids.index(TOKENIZER.special_id("<|doc_start|>")) - 1 == MAX_TITLE_TOKENS
+    assert title_end - ids.index(TOKENIZER.special_id("<|doc_start|>")) - 1 == MAX_TITLE_TOKENS + 1  # and the number
 
 
 LONG_TALK = talk(
@@ -296,8 +300,8 @@ def test_too_long_drops_documents_from_the_end_then_turns_from_the_end() -> None
 
     text, dropped = rendered_texts(len(full.ids) - 1) or ("", -1)
     assert dropped == 1
-    assert "[2] South" in text
-    assert "[3] East" not in text
+    assert "South2" in text
+    assert "East3" not in text
     assert "second answer" in text
 
     text, dropped = rendered_texts(len(full.ids) - sum(sizes)) or ("", -1)
@@ -309,7 +313,7 @@ def test_too_long_drops_documents_from_the_end_then_turns_from_the_end() -> None
     text, dropped = rendered_texts(len(full.ids) - sum(sizes) - 1) or ("", -1)
     assert "first answer" in text
     assert "second" not in text
-    assert "[1] North" in text
+    assert "North1" in text
     assert dropped < 3
 
     bare = len(first_turn.ids) - sum(sizes[:2])
@@ -347,17 +351,17 @@ def test_too_long_prompt_drops_the_past_before_the_present() -> None:
     sizes = [end - start for start, end in rendered.document_spans]
     assert render_prompt(prompt_talk, TOKENIZER, max_tokens=len(full)) == full
     text = cut_by(1)  # of the first turn, the last document goes
-    assert "[1] North" in text
-    assert "[2] South" not in text
-    assert "[3] East" in text
+    assert "North1" in text
+    assert "South2" not in text
+    assert "East3" in text
     assert "first answer" in text
     text = cut_by(sizes[1] + 1)
     assert "North" not in text
     assert "South" not in text
-    assert "[3] East" in text
+    assert "East3" in text
     assert "first answer" in text
     text = cut_by(sizes[0] + sizes[1] + 1)
-    assert "[3] East" in text
+    assert "East3" in text
     assert "first" not in text
     present = talk(*prompt_talk["messages"][:1], *prompt_talk["messages"][-2:])
     smallest = len(render_prompt(present, TOKENIZER)) - sizes[2]
@@ -372,11 +376,11 @@ def test_each_document_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TOKENIZER, "encode", lambda text: encoded.append(text) or encode(text))
     documents = [document(str(i), f"content {i}") for i in range(50)]
     render(talk(retrieval(*documents), user("q"), assistant("a")), TOKENIZER, max_tokens=100)
-    assert len(encoded) == len(set(encoded)) == 102
+    assert len(encoded) == len(set(encoded)) == 152
 
 
 def test_answer_text_is_what_the_reader_sees() -> None:
-    block = "{retrieval_start}{doc_start}[1] North{doc_body}cold{doc_end}{retrieval_end}"
+    block = "{retrieval_start}{doc_start}North{1}{doc_body}cold{doc_end}{retrieval_end}"
     searched = ids_of("let me look.{search_start}river{search_end}" + block + "cold [1]{assistant_end}{user_start}more")
     assert answer_text(searched, TOKENIZER) == "let me look. cold [1]"
     assert answer_text(ids_of("cut off {search_start}riv"), TOKENIZER) == "cut off"

@@ -9,7 +9,17 @@ import string
 
 import pytest
 
-from nanochat.metrics import exact_match, f1, mrr, ndcg_at_k, normalize_answer, recall_at_k, reciprocal_rank
+from nanochat.metrics import (
+    citation_scores,
+    exact_match,
+    f1,
+    mrr,
+    ndcg_at_k,
+    normalize_answer,
+    recall_at_k,
+    reciprocal_rank,
+    split_citations,
+)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +135,29 @@ def test_no_gold_documents_is_an_error_and_not_a_zero() -> None:
     for score in (recall_at_k, ndcg_at_k):
         with pytest.raises(ValueError, match="without gold"):
             score(["a"], [], 5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "numbers"),
+    [
+        ("[2] 1904", "1904", [2]),
+        ("1904 [2][3]", "1904", [2, 3]),
+        ("[12] [3] in the north [3].", "in the north.", [12, 3]),
+        ("no source", "no source", []),
+        ("a [list] of [ 2 ] things []", "a [list] of [ 2 ] things []", []),
+        ("[99999999999999999999] x", "[99999999999999999999] x", []),
+        ("", "", []),
+    ],
+)
+def test_citations_are_read_from_an_answer(answer: str, text: str, numbers: list[int]) -> None:
+    assert split_citations(answer) == (text, numbers)
+
+
+def test_citation_scores_by_hand() -> None:
+    golds = [["a"], ["b"], ["c", "d"], ["e"]]
+    cited = [["a"], ["x"], ["d", "y"], []]
+    precision, recall = citation_scores(cited, golds)
+    assert precision == pytest.approx(2 / 4)  # a and d of a, x, d, y
+    assert recall == pytest.approx((1 + 0 + 1 / 2 + 0) / 4)
+    assert citation_scores([[], []], [["a"], ["b"]]) == (0, 0)
+    assert citation_scores([["a", "a"]], [["a"]]) == (1, 1)

@@ -1,0 +1,112 @@
+"""Promises of tasks/rag.py: what a context holds, what is asked of it, and what the answers cite."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.retrieval import RetrievalManager
+from tasks.example_world import generate_world
+from tasks.rag import RAGTask, RetrievalTask
+
+WORLD = generate_world(120, seed=3)
+QUERIES = WORLD.questions["train"]
+OWNER = {q["query"]: q["doc_ids"][0] for q in QUERIES}
+ANSWER = {(q["query"], q["doc_ids"][0]): q["answers"][0] for q in QUERIES}
+
+
+@pytest.fixture(scope="module")
+def manager() -> RetrievalManager:
+    return RetrievalManager("bm25", documents=WORLD.documents)
+
+
+def turns(conversation: dict) -> list[tuple[str, str]]:
+    talk = conversation["messages"][1:]
+    assert [m["role"] for m in talk] == ["user", "assistant"] * (len(talk) // 2)
+    return [(talk[i]["content"], talk[i + 1]["content"]) for i in range(0, len(talk), 2)]
+
+
+def shown(conversation: dict) -> list[str]:
+    assert conversation["messages"][0]["role"] == "retrieval"
+    return [d["id"] for d in conversation["messages"][0]["documents"]]
+
+
+def test_a_context_is_the_gold_document_among_the_best_others_in_any_order(manager):
+    task = RAGTask(QUERIES, manager, top_k=4, questions_per_document=0)
+    places = Counter()
+    for i, query in enumerate(QUERIES):
+        conversation = task.conversation(i)
+        ids = shown(conversation)
+        found = [d.id for d in manager.retrieve(query["query"], 5) if d.id not in query["doc_ids"]]
+        assert sorted(ids) == sorted([*query["doc_ids"], *found[:3]])
+        assert turns(conversation) == [(query["query"], query["answers"][0])]
+        places[ids.index(query["doc_ids"][0])] += 1
+    assert min(places[k] for k in range(4)) > len(QUERIES) / 6, "gold has no favourite place"
+    assert task.conversation(0) == task.conversation(0)
+    assert any(task.conversation(i) != task.conversation(i, epoch=1) for i in range(20))
+    assert len(shown(task.conversation(0, top_k=2))) == 2
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3])
+def test_every_document_shown_is_asked_its_own_questions(manager, wanted):
+    task = RAGTask(QUERIES, manager, top_k=3, questions_per_document=wanted)
+    for i in range(0, len(QUERIES), 7):
+        conversation = task.conversation(i)
+        asked = turns(conversation)
+        assert len(set(asked)) == len(asked)
+        assert QUERIES[i]["query"] in [question for question, _ in asked]
+        # val and test documents are shown as distractors too, but have no question among these queries
+        counts = Counter(OWNER[question] for question, _ in asked)
+        expected = {doc: wanted for doc in shown(conversation) if doc in OWNER.values()}
+        assert counts == expected
+        for question, answer in asked:
+            assert ANSWER[question, OWNER[question]] == answer
+    firsts = [turns(task.conversation(i))[0][0] == QUERIES[i]["query"] for i in range(100)]
+    assert 0 < sum(firsts) < 100, "the question itself stands anywhere among the others"
+
+
+def test_citations_name_the_gold_documents(manager):
+    task = RAGTask(QUERIES, manager, top_k=5, questions_per_document=2, cite=True)
+    cited = Counter()
+    for i in range(0, len(QUERIES), 5):
+        conversation = task.conversation(i)
+        for question, answer in turns(conversation):
+            number, text = re.fullmatch(r"\[(\d)\] (.+)", answer).groups()
+            assert shown(conversation)[int(number) - 1] == OWNER[question]
+            assert text == ANSWER[question, OWNER[question]]
+            cited[number] += 1
+    assert set(cited) == set("12345")
+
+
+def test_a_question_with_several_gold_documents_cites_them_all(manager):
+    chain = next(q for q in WORLD.multihop["train"] if len(q["doc_ids"]) == 3)
+    task = RAGTask([chain], manager, top_k=5, questions_per_document=0, cite=True)
+    conversation = task.conversation(0)
+    numbers = [shown(conversation).index(doc) + 1 for doc in chain["doc_ids"]]
+    [(_, answer)] = turns(conversation)
+    assert answer == " ".join(f"[{n}]" for n in sorted(numbers)) + " " + chain["answers"][0]
+
+
+def test_queries_that_cannot_be_trained_on(manager):
+    unanswerable = {"id": "u", "query": "Who?", "answers": [], "doc_ids": []}
+    assert len(RAGTask([unanswerable, QUERIES[0]], manager)) == 1
+    with pytest.raises(UserError, match="nothing to train on"):
+        RAGTask([unanswerable], manager)
+    stray = {**QUERIES[0], "doc_ids": ["elsewhere"]}
+    with pytest.raises(UserError, match="which the knowledge base does not hold"):
+        RAGTask([stray], manager)
+
+
+def test_base_tasks_get_what_is_found_for_their_last_question(manager):
+    talk = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": QUERIES[0]["query"]},
+        {"role": "assistant", "content": "yes"},
+    ]
+    messages = RetrievalTask([{"messages": talk}], manager, top_k=2)[0]["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant", "retrieval", "user", "assistant"]
+    assert [d["id"] for d in messages[2]["documents"]] == [d.id for d in manager.retrieve(QUERIES[0]["query"], 2)]
