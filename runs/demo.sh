@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on an invented world, from raw text to a model that answers from documents it never saw:
 #     bash runs/demo.sh
-# Makes .venv, installs, and needs no download beyond that: about 13 minutes on 2 CPU cores, most of it training. The last line is
+# Makes .venv, installs, and needs no download beyond that: about 14 minutes on 2 CPU cores, most of it training. The last line is
 # one JSON object. Everything it makes lies under data/demo; delete that folder to start anew, or run again to go on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ examples=data/demo/rag_examples
 # 1. documents, questions, a graph and a knowledge base; train, val and test are about different people and places
 python -m scripts.prepare_rag_dataset --mode example --output $examples --num_documents 10000 --retriever_type bm25
 
-# 2. tokenizer and pretraining on the training documents, after a warm-up on copying
+# 2. tokenizer and pretraining on the training documents, after exercises in lookup
 python -m scripts.tok_train --input $examples/text/train.jsonl --vocab_size 1024
 python -m scripts.base_train configs/demo_base.py --input $examples/text/train.jsonl --resume auto
 

@@ -97,6 +97,25 @@ def test_it_learns_and_writes_what_it_did(run, capsys):
     assert shown == [1, 15, 20, 30, 40]
 
 
+def test_a_phase_can_train_the_first_blocks_alone_and_scale_the_rate(run, small_tokenizer, make_model):
+    model = make_model(small_tokenizer.vocab_size, "MTMT", noise=0.02)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    first_two = make_model(small_tokenizer.vocab_size, "MTMT", noise=0.02)
+    batch = batches().get(0)
+    whole = first_two(batch.tokens, batch.targets, seq_idx=batch.seq_idx).item()
+    del first_two.blocks[2:]
+    expected = first_two(batch.tokens, batch.targets, seq_idx=batch.seq_idx).item()
+    phases = [Phase("two blocks", batches(), 3, depth=2, lr=0.25), Phase("all", batches(), 1)]
+    _, metrics = run(model=model, phases=phases[:1], warmdown_frac=0.0)
+    assert metrics[0]["loss"] == pytest.approx(expected, rel=1e-6) and expected != pytest.approx(whole, rel=1e-3)
+    assert [row["lr_scale"] for row in metrics] == [0.25] * 3
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and not any(name.startswith(("blocks.2", "blocks.3")) for name in moved)
+    assert {name for name in before if name.startswith(("embed", "blocks.0", "blocks.1", "norm", "lm_head"))} == moved
+    _, metrics = run("both", phases=phases, warmdown_frac=0.0)
+    assert [row["lr_scale"] for row in metrics] == [0.25] * 3 + [1.0]
+
+
 def test_the_first_loss_is_the_mean_over_all_learned_tokens_of_the_step(run, small_tokenizer, make_model):
     """Rows learn different numbers of tokens; a mean of row means would be another number."""
     _, metrics = run(steps=1, device_batch_size=1)
