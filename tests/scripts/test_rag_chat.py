@@ -257,7 +257,7 @@ def test_the_talk_grows_and_the_model_reads_all_of_it(session, monkeypatch):
     assert prompts[1] == render_prompt({"messages": session.messages[:-1]}, tokenizer)
     shown = tokenizer.decode(prompts[1])
     for source in session.sources:  # the listed number is the one the model saw
-        assert f"[{source.number}] {source.document.title}<|doc_body|>" in shown
+        assert f"{source.document.title}{source.number}<|doc_body|>" in shown
     assert first in shown
     session.reset()
     assert (session.messages, session.sources) == ([], [])
