@@ -165,7 +165,7 @@ def test_nothing_is_pickled(tmp_path):
 
     knowledge_base = build(tmp_path / "kb")
     file = knowledge_base.directory / "bm25" / "docs.npy"
-    np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
+    np.save(file, np.array([Trap()], dtype=object))  # what an attacker would leave there
     manifest_file = knowledge_base.directory / "manifest.json"
     manifest = json.loads(manifest_file.read_text())
     manifest["files"]["bm25/docs.npy"]["size"] = file.stat().st_size
