@@ -3,8 +3,8 @@
     python -m scripts.rag_eval --knowledge_base data/rag_examples/knowledge_base \
         --queries data/rag_examples/queries/test.jsonl
 
-EM and F1 as in SQuAD (nanochat/metrics.py), of the answer without its citations, which are scored apart. One table, and the same as JSON beside it and, with --json, in the last
-line.
+EM and F1 as in SQuAD (nanochat/metrics.py), of the answer without its citations, which are scored apart. One table,
+and the same as JSON beside it and, with --json, in the last line.
 """
 
 from __future__ import annotations
