@@ -6,6 +6,7 @@ and start quickly, on a machine that has no torch.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import sys
@@ -120,6 +121,20 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory for the next allocation instead of returning it to the system.
+
+    Training on a CPU allocates and frees the same large tensors every step, and by default each comes as fresh pages
+    that the kernel has to map and clear: an eighth of a small model's step. Elsewhere than on glibc it does nothing.
+    """
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 64 << 20)
 
 
 def compute_cleanup() -> None:

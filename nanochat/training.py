@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, save_checkpoint
-from nanochat.common import Compute, UserError, print0
+from nanochat.common import Compute, UserError, keep_freed_memory, print0
 from nanochat.config import config_to_dict, save_config
 from nanochat.model.lm import IGNORE, HybridLM
 from nanochat.optim import Optimizers
@@ -207,6 +207,8 @@ def train(
     model.to(compute.device)
     model.train()
     model.gradient_checkpointing = config.gradient_checkpointing
+    if compute.device.type == "cpu":
+        keep_freed_memory()
     dtype = resolve_dtype(config.dtype, compute.device)
     print_plan(model, phases, config, compute, dtype)
     if config.plan:

@@ -55,49 +55,71 @@ def copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
 
 
 def far_copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
-    """1 to 12 sequences of 6 to 16 tokens, then all of them again in another order.
+    """1 to 12 sequences, then all of them again in another order.
 
     All are spelled with the same few tokens, as names are with the same syllables, so that one token says little and
-    several have to match. In the second copies all but the first four tokens are learned: those say which one it is.
+    several have to match. Half of the examples are of random sequences of 6 to 16 tokens; in their second copies all
+    but the first four tokens are learned, since those say which one it is. In the others each begins with two words
+    that it shares with others, as people share first and last names, and what follows both is learned: the last word
+    alone does not tell.
     """
     number = int(rng.choice([1, 2, 3, 4, 6, 8, 12]))
     alphabet = rng.integers(0, vocab_size, int(rng.choice([12, 24, 48])))
-    first = [rng.choice(alphabet, int(rng.integers(6, 17))).tolist() for _ in range(number)]
-    again = [first[i] for i in rng.permutation(number).tolist()]
-    ids = [token for sequence in first + again for token in sequence]
+
+    def some(low: int, high: int) -> list[int]:
+        return rng.choice(alphabet, int(rng.integers(low, high))).tolist()
+
+    if rng.random() < 0.5:
+        heads = [some(4, 5) for _ in range(number)]
+        tails = [some(2, 13) for _ in range(number)]
+    else:
+        firsts, lasts = ([some(1, 5) for _ in range(4)] for _ in range(2))
+        heads = [firsts[pair // 4] + lasts[pair % 4] for pair in rng.permutation(16)[:number].tolist()]
+        tails = [some(1, 5) for _ in range(number)]
+    order = [*range(number), *rng.permutation(number).tolist()]
+    ids = [token for i in order for token in heads[i] + tails[i]]
     mask = [False] * (len(ids) // 2)
-    for sequence in again:
-        mask += [False] * 4 + [True] * (len(sequence) - 4)
+    for i in order[number:]:
+        mask += [False] * len(heads[i]) + [True] * len(tails[i])
     return ids, mask
 
 
 def recall_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> Example:
-    """Documents of 10 to 29 tokens, then three questions a document: 3 to 5 of its tokens with 0 to 8 others before and
-    after. The answer is how the document goes on after them, 1 to 4 tokens."""
-    number = int(rng.choice([1, 2, 3, 4, 6]))
-    alphabet = rng.integers(0, vocab_size, int(rng.choice([24, 48, 200])))
+    """Documents of 10 to 29 tokens, then three questions a document: some of its tokens with 0 to 8 others before and
+    after. The answer is how the document goes on after them, 1 to 4 tokens; half of the time the document's number
+    in brackets stands before it, given. The cue has 3 to 5 tokens, or 1 or 2 where documents are spelled with the whole
+    vocabulary and that few tell enough.
+    """
+    number = int(rng.integers(1, 6))
+    letters = int(rng.choice([24, 48, 200, vocab_size]))
+    alphabet = rng.integers(0, vocab_size, letters)
+    shortest, longest = (1, 2) if letters == vocab_size else (3, 5)
     documents = [rng.choice(alphabet, int(rng.integers(10, 30))).tolist() for _ in range(number)]
     ids = [token for document in documents for token in (marks.doc_start, *document, marks.doc_end)]
     mask = [False] * len(ids)
     for _ in range(3 * number):
-        document = documents[int(rng.integers(number))]
-        width = int(rng.integers(3, 6))
+        which = int(rng.integers(number))
+        document = documents[which]
+        width = int(rng.integers(shortest, longest + 1))
         start = int(rng.integers(0, len(document) - width - 4))
         before, after = (rng.choice(alphabet, int(n)).tolist() for n in rng.integers(0, 9, 2))
         cue = document[start : start + width]
         answer = document[start + width : start + width + int(rng.integers(1, 5))]
         question = [marks.user_start, *before, *cue, *after, marks.user_end, marks.assistant_start]
+        if rng.random() < 0.5:
+            question += [*marks.bracket, *marks.numbers[which], *marks.closing]
         ids += question + answer
         mask += [False] * len(question) + [True] * len(answer)
     return ids, mask
 
 
-def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks, by_title: float) -> Example:
+def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> Example:
     """1 to 5 numbered documents that hold a value for each of the same 1 to 6 keys, then up to eight questions.
 
-    The answer is a document's number in brackets and a value. A share of the questions, by_title, give the document's
-    title and a key, and both are learned; the others give the key alone, and only the value is learned, from the number
-    before it. Where all give a title, choosing the value by the number is not learned.
+    The answer is a document's number in brackets and a value. Half of the questions give the document's title and a
+    key, and both number and value are learned; the others give the key alone, and only the value is learned, from the
+    number before it: where all give a title, choosing the value by the number is not learned. Keys come from 16 that
+    are the same in every example, as relations are in the world; with new ones each time it takes far longer.
     """
 
     def some(low: int, high: int, alphabet: np.ndarray | None = None) -> list[int]:
@@ -106,7 +128,9 @@ def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks, by_t
 
     letters = rng.integers(0, vocab_size, int(rng.choice([12, 24, 48])))
     firsts, lasts = ([some(1, 4, letters) for _ in range(4)] for _ in range(2))  # titles share words, as names do
-    keys = [some(1, 3) for _ in range(int(rng.choice([1, 2, 3, 6])))]
+    words = np.random.default_rng(0).integers(0, vocab_size, (16, 2)).tolist()
+    chosen = rng.permutation(len(words))[: int(rng.choice([1, 2, 3, 6]))]
+    keys = [words[k][: 1 + k % 2] for k in chosen.tolist()]
     ids, asked = [], []
     pairs = rng.permutation(16)  # of a first and a last word
     for number, pair in zip(marks.numbers[: int(rng.integers(1, 6))], pairs.tolist(), strict=False):
@@ -120,7 +144,7 @@ def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks, by_t
     mask = [False] * len(ids)
     for i in rng.permutation(len(asked))[:8].tolist():
         number, title, key, value = asked[i]
-        titled = bool(rng.random() < by_title)
+        titled = bool(rng.random() < 0.5)
         parts = [title if titled else [], some(0, 3), key]
         if rng.random() < 0.5:
             parts.reverse()

@@ -85,8 +85,7 @@ class Config(TrainConfig, ModelShape):
     recall_warmup_steps: int = 0
     """Steps, after those, of answering with what followed a few tokens of the question in a document."""
     record_warmup_steps: int = 0
-    """Steps, after those, of finding a document's number by its title and a value by number and key: a third with
-    titles, a third with numbers alone, a third with both."""
+    """Steps, after those, of finding a document's number by its title, and a value by number and key."""
     text_lr_frac: float = 1.0
     """Scales the learning rates on text: a tiny model forgets its warm-up in a few steps at the full rate."""
     max_chars: int = -1
@@ -103,10 +102,7 @@ def warmup_phases(config: Config, tokenizer: Tokenizer, model: HybridLM, rows: i
         ("copy", copy_example, config.copy_warmup_steps, lookup_depth, 1.0),
         ("far copy", far_copy_example, config.far_copy_warmup_steps, lookup_depth, 1.0),
         ("recall", partial(recall_example, marks=marks), config.recall_warmup_steps, None, 1.0),
-        *(
-            (name, partial(record_example, marks=marks, by_title=share), -(-config.record_warmup_steps // 3), None, 0.5)
-            for name, share in (("records by title", 1), ("records by number", 0), ("records", 0.5))
-        ),
+        ("records", partial(record_example, marks=marks), config.record_warmup_steps, None, 0.5),
     ]
     ordinary = len(tokenizer.token_bytes)  # special tokens are not copied
     return [

@@ -57,7 +57,7 @@ def test_what_copying_teaches_is_in_the_context(L):
         copy_example,
         far_copy_example,
         partial(recall_example, marks=MARKS),
-        partial(record_example, marks=MARKS, by_title=0.5),
+        partial(record_example, marks=MARKS),
     ],
 )
 def test_batches_differ_by_step_row_and_seed(example):
@@ -79,47 +79,62 @@ def continuations(ids: list[int], cue: list[int]) -> set[int]:
     return {ids[i + n] for i in range(len(ids) - n) if ids[i : i + n] == cue}
 
 
-def test_far_copies_can_be_known_from_four_tokens_but_not_from_one():
+def test_far_copies_can_be_known_from_the_sequence_so_far_but_not_from_one_token():
     rng = np.random.default_rng(0)
-    certain = {1: [], 4: []}
+    certain = {1: [], 2: [], 16: []}
     distances = []
     for _ in range(100):
         ids, mask = far_copy_example(rng, 1000)
-        half = len(ids) // 2
-        assert len(ids) == len(mask) and sorted(ids[:half]) == sorted(ids[half:]) and not any(mask[:half])
+        half = start = len(ids) // 2
+        first = ids[:half]
+        assert len(ids) == len(mask) and sorted(first) == sorted(ids[half:]) and not any(mask[:half])
         for i in range(half, len(ids)):
+            if mask[i - 1] and not mask[i]:
+                start = i  # of a sequence
             if mask[i]:
-                first = ids[:half]
                 for n in certain:
-                    found = continuations(first, ids[i - n : i])
+                    found = continuations(first, ids[max(start, i - n) : i])
                     assert ids[i] in found
                     certain[n].append(found == {ids[i]})
                 distances.append(i - first.index(ids[i]))
-    assert np.mean(certain[4]) > 0.97 and np.mean(certain[1]) < 0.4
+    assert np.mean(certain[16]) > 0.97 and np.mean(certain[1]) < 0.4
+    assert np.mean(certain[2]) < 0.9
     assert max(distances) > 200
 
 
 def test_recall_asks_for_what_follows_a_cue_in_a_document():
     rng = np.random.default_rng(0)
-    gaps = []
+    gaps, numbered = [], []
     for _ in range(100):
         ids, mask = recall_example(rng, 1000, MARKS)
         end = ids.index(MARKS.user_start)
-        documents = ids[:end].count(MARKS.doc_start)
+        documents = split(ids[:end], MARKS.doc_start)[1:]
         asked = questions(ids, mask)
-        assert documents == ids.count(MARKS.doc_end) and len(asked) == 3 * documents and not any(mask[:end])
+        assert all(d[-1] == MARKS.doc_end for d in documents) and 1 <= len(documents) <= 5
+        assert len(asked) == 3 * len(documents) and not any(mask[:end])
         for question, answer, learned in asked:
+            numbered.append(answer[0] == MARKS.bracket[0])
+            within = documents
+            if numbered[-1]:
+                assert answer[2:3] == MARKS.closing and not any(learned[:3])
+                within = [documents[MARKS.numbers.index(answer[1:2])]]
+                answer, learned = answer[3:], learned[3:]
             assert 1 <= len(answer) <= 4 and all(learned)
-            cues = [i for i in range(3, len(question) + 1) if any(holds(ids[:end], question[i - 3 : i] + answer))]
-            gaps.append(len(question) - max(cues))
+            cued = [
+                i
+                for i in range(1, len(question) + 1)
+                if any(any(holds(d, question[i - 1 : i] + answer)) for d in within)
+            ]
+            gaps.append(len(question) - max(cued))
     assert min(gaps) == 0 and max(gaps) >= 8
+    assert 0.4 < np.mean(numbered) < 0.6
 
 
 def test_records_ask_for_a_value_of_the_cited_document():
     rng = np.random.default_rng(0)
     by_title, documents_seen, ambiguous = [], set(), []
     for _ in range(200):
-        ids, mask = record_example(rng, 1000, MARKS, by_title=0.5)
+        ids, mask = record_example(rng, 1000, MARKS)
         end = ids.index(MARKS.user_start)
         assert not any(mask[:end])
         titles, bodies = [], []
