@@ -85,29 +85,21 @@ def far_copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
 
 
 def recall_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> Example:
-    """Documents of 10 to 29 tokens, then three questions a document: some of its tokens with 0 to 8 others before and
-    after. The answer is how the document goes on after them, 1 to 4 tokens; half of the time the document's number
-    in brackets stands before it, given. The cue has 3 to 5 tokens, or 1 or 2 where documents are spelled with the whole
-    vocabulary and that few tell enough.
-    """
-    number = int(rng.integers(1, 6))
-    letters = int(rng.choice([24, 48, 200, vocab_size]))
-    alphabet = rng.integers(0, vocab_size, letters)
-    shortest, longest = (1, 2) if letters == vocab_size else (3, 5)
+    """Documents of 10 to 29 tokens, then three questions a document: 3 to 5 of its tokens with 0 to 8 others before and
+    after. The answer is how the document goes on after them, 1 to 4 tokens."""
+    number = int(rng.choice([1, 2, 3, 4, 6]))
+    alphabet = rng.integers(0, vocab_size, int(rng.choice([24, 48, 200])))
     documents = [rng.choice(alphabet, int(rng.integers(10, 30))).tolist() for _ in range(number)]
     ids = [token for document in documents for token in (marks.doc_start, *document, marks.doc_end)]
     mask = [False] * len(ids)
     for _ in range(3 * number):
-        which = int(rng.integers(number))
-        document = documents[which]
-        width = int(rng.integers(shortest, longest + 1))
+        document = documents[int(rng.integers(number))]
+        width = int(rng.integers(3, 6))
         start = int(rng.integers(0, len(document) - width - 4))
         before, after = (rng.choice(alphabet, int(n)).tolist() for n in rng.integers(0, 9, 2))
         cue = document[start : start + width]
         answer = document[start + width : start + width + int(rng.integers(1, 5))]
         question = [marks.user_start, *before, *cue, *after, marks.user_end, marks.assistant_start]
-        if rng.random() < 0.5:
-            question += [*marks.bracket, *marks.numbers[which], *marks.closing]
         ids += question + answer
         mask += [False] * len(question) + [True] * len(answer)
     return ids, mask
