@@ -54,28 +54,32 @@ def copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
     return ids * 2, [False] * (len(ids) + 1) + [True] * (len(ids) - 1)
 
 
+def names(rng: np.random.Generator, number: int, letters: np.ndarray) -> list[list[int]]:
+    """Up to 12 names of two words of 2 to 4 tokens. 1, 2 or 4 last words are shared by all, so that the last word alone
+    does not tell whose name it is."""
+
+    def words(n: int) -> list[list[int]]:
+        return [rng.choice(letters, int(rng.integers(2, 5))).tolist() for _ in range(n)]
+
+    shared = int(rng.choice([1, 2, 4]))
+    firsts, lasts = words(12 // shared), words(shared)
+    return [firsts[pair // shared] + lasts[pair % shared] for pair in rng.permutation(12)[:number].tolist()]
+
+
 def far_copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
     """1 to 12 sequences, then all of them again in another order.
 
     All are spelled with the same few tokens, as names are with the same syllables, so that one token says little and
-    several have to match. Half of the examples are of random sequences of 6 to 16 tokens; in their second copies all
-    but the first four tokens are learned, since those say which one it is. In the others each begins with two words
-    that it shares with others, as people share first and last names, and what follows both is learned: the last word
-    alone does not tell.
+    several have to match. A third of the examples are of random sequences of 6 to 16 tokens; in their second copies all
+    but the first four tokens are learned, since those say which one it is. The others are of names with 1 or 2 tokens
+    after each, which are learned.
     """
     number = int(rng.choice([1, 2, 3, 4, 6, 8, 12]))
-    alphabet = rng.integers(0, vocab_size, int(rng.choice([12, 24, 48])))
-
-    def some(low: int, high: int) -> list[int]:
-        return rng.choice(alphabet, int(rng.integers(low, high))).tolist()
-
-    if rng.random() < 0.5:
-        heads = [some(4, 5) for _ in range(number)]
-        tails = [some(2, 13) for _ in range(number)]
-    else:
-        firsts, lasts = ([some(1, 5) for _ in range(4)] for _ in range(2))
-        heads = [firsts[pair // 4] + lasts[pair % 4] for pair in rng.permutation(16)[:number].tolist()]
-        tails = [some(1, 5) for _ in range(number)]
+    letters = rng.integers(0, vocab_size, int(rng.choice([12, 24, 48])))
+    named = bool(rng.random() < 2 / 3)
+    heads = names(rng, number, letters) if named else [rng.choice(letters, 4).tolist() for _ in range(number)]
+    sizes = rng.integers(1, 3, number) if named else rng.integers(2, 13, number)
+    tails = [rng.choice(letters, size).tolist() for size in sizes.tolist()]
     order = [*range(number), *rng.permutation(number).tolist()]
     ids = [token for i in order for token in heads[i] + tails[i]]
     mask = [False] * (len(ids) // 2)
@@ -110,23 +114,20 @@ def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> E
 
     The answer is a document's number in brackets and a value. Half of the questions give the document's title and a
     key, and both number and value are learned; the others give the key alone, and only the value is learned, from the
-    number before it: where all give a title, choosing the value by the number is not learned. Keys come from 16 that
-    are the same in every example, as relations are in the world; with new ones each time it takes far longer.
+    number before it: where all give a title, choosing the value by the number is not learned. Half of the examples take their
+    keys from the same 16, as relations are the same in the world: with new keys each time it takes far longer.
     """
 
-    def some(low: int, high: int, alphabet: np.ndarray | None = None) -> list[int]:
-        size = int(rng.integers(low, high))
-        return (rng.integers(0, vocab_size, size) if alphabet is None else rng.choice(alphabet, size)).tolist()
+    def some(low: int, high: int) -> list[int]:
+        return rng.integers(0, vocab_size, int(rng.integers(low, high))).tolist()
 
     letters = rng.integers(0, vocab_size, int(rng.choice([12, 24, 48])))
-    firsts, lasts = ([some(1, 4, letters) for _ in range(4)] for _ in range(2))  # titles share words, as names do
-    words = np.random.default_rng(0).integers(0, vocab_size, (16, 2)).tolist()
-    chosen = rng.permutation(len(words))[: int(rng.choice([1, 2, 3, 6]))]
-    keys = [words[k][: 1 + k % 2] for k in chosen.tolist()]
+    lasting = np.random.default_rng(0) if rng.random() < 0.5 else rng
+    known = [lasting.integers(0, vocab_size, 1 + k % 2).tolist() for k in range(16)]
+    keys = [known[k] for k in rng.permutation(16)[: int(rng.choice([1, 2, 3, 6]))].tolist()]
     ids, asked = [], []
-    pairs = rng.permutation(16)  # of a first and a last word
-    for number, pair in zip(marks.numbers[: int(rng.integers(1, 6))], pairs.tolist(), strict=False):
-        title = firsts[pair // 4] + lasts[pair % 4]
+    documents = int(rng.integers(1, 6))
+    for number, title in zip(marks.numbers, names(rng, documents, letters), strict=False):
         ids += [marks.doc_start, *title, *number, marks.doc_body]
         for k in rng.permutation(len(keys)).tolist():
             value = some(1, 3)
