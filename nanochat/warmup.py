@@ -89,8 +89,8 @@ def far_copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
 
 
 def recall_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> Example:
-    """Documents of 10 to 29 tokens, then three questions a document: 3 to 5 of its tokens with 0 to 8 others before and
-    after. The answer is how the document goes on after them, 1 to 4 tokens."""
+    """Documents of 10 to 29 tokens, then three questions a document: 3 to 5 of its tokens, in half of the questions with
+    0 to 8 others before and after. The answer is how the document goes on after them, 1 to 4 tokens."""
     number = int(rng.choice([1, 2, 3, 4, 6]))
     alphabet = rng.integers(0, vocab_size, int(rng.choice([24, 48, 200])))
     documents = [rng.choice(alphabet, int(rng.integers(10, 30))).tolist() for _ in range(number)]
@@ -100,7 +100,8 @@ def recall_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> E
         document = documents[int(rng.integers(number))]
         width = int(rng.integers(3, 6))
         start = int(rng.integers(0, len(document) - width - 4))
-        before, after = (rng.choice(alphabet, int(n)).tolist() for n in rng.integers(0, 9, 2))
+        most = int(rng.choice([0, 8]))  # the cue alone is learned first
+        before, after = (rng.choice(alphabet, int(n)).tolist() for n in rng.integers(0, most + 1, 2))
         cue = document[start : start + width]
         answer = document[start + width : start + width + int(rng.integers(1, 5))]
         question = [marks.user_start, *before, *cue, *after, marks.user_end, marks.assistant_start]
@@ -114,8 +115,8 @@ def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> E
 
     The answer is a document's number in brackets and a value. Half of the questions give the document's title and a
     key, and both number and value are learned; the others give the key alone, and only the value is learned, from the
-    number before it: where all give a title, choosing the value by the number is not learned. Half of the examples take their
-    keys from the same 16, as relations are the same in the world: with new keys each time it takes far longer.
+    number before it: where all give a title, choosing the value by the number is not learned. Half of the examples take
+    their keys from the same 16, as relations are the same in the world: with new keys each time it takes far longer.
     """
 
     def some(low: int, high: int) -> list[int]:

@@ -171,15 +171,15 @@ def main() -> None:
 def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retriever: str) -> str:
     names = {"closed": "closed book", "rag": f"{retriever} top-{top_k}", "gold": "gold documents"}
     lines = [
-        f"| {n} questions | EM | F1 | recall@{top_k} | prompt tokens | s / question |",
-        "|---|---|---|---|---|---|",
+        f"| {n} questions | EM | F1 | recall@{top_k} | citation P / R | prompt tokens | s / question |",
+        "|---|---|---|---|---|---|---|",
     ]
     for system, r in results.items():
         recall = f"{r[f'recall_at_{top_k}']:.3f}" if system == "rag" else "-"
         seconds = r["seconds_per_question"] + r.get("search_seconds_per_question", 0)
-        lines.append(
-            f"| {names[system]} | {r['em']:.3f} | {r['f1']:.3f} | {recall} | {r['prompt_tokens']:.0f} | {seconds:.3f} |"
-        )
+        cited = f"{r['citation_precision']:.3f} / {r['citation_recall']:.3f}" if "citation_recall" in r else "-"
+        cells = [f"{r['em']:.3f}", f"{r['f1']:.3f}", recall, cited, f"{r['prompt_tokens']:.0f}", f"{seconds:.3f}"]
+        lines.append(f"| {names[system]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -14,7 +14,6 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = ["--max_seq_len", "256", "--total_batch_size", "512", "--device_batch_size", "2", "--eval_every", "2"]
-TINY += ["--dtype", "float32"]
 RAG = ["--base_tasks", "", "--retriever_type", "bm25", "--num_steps", "4", "--questions_per_document", "1"]
 
 
