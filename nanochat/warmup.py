@@ -89,8 +89,8 @@ def far_copy_example(rng: np.random.Generator, vocab_size: int) -> Example:
 
 
 def recall_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> Example:
-    """Documents of 10 to 29 tokens, then three questions a document: 3 to 5 of its tokens, in half of the questions with
-    0 to 8 others before and after. The answer is how the document goes on after them, 1 to 4 tokens."""
+    """Documents of 10 to 29 tokens, then three questions a document: 3 to 5 of its tokens, in half of the questions
+    with 0 to 8 others before and after. The answer is how the document goes on after them, 1 to 4 tokens."""
     number = int(rng.choice([1, 2, 3, 4, 6]))
     alphabet = rng.integers(0, vocab_size, int(rng.choice([24, 48, 200])))
     documents = [rng.choice(alphabet, int(rng.integers(10, 30))).tolist() for _ in range(number)]
