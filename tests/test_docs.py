@@ -13,7 +13,8 @@ REPOSITORY = Path(__file__).parents[1]
 SMALLER = {
     "scripts.prepare_rag_dataset": ["--num_documents", "60"],
     "scripts.tok_train": ["--vocab_size", "400"],
-    "scripts.base_train": ["--num_steps", "2", "--copy_warmup_steps", "1", "--d_model", "32", "--head_dim", "16"],
+    "scripts.base_train": ["--num_steps", "2", "--d_model", "32", "--head_dim", "16"]
+    + [a for name in ("copy", "far_copy", "recall", "record") for a in (f"--{name}_warmup_steps", "1")],
     "scripts.chat_sft": ["--num_steps", "2"],
     "scripts.rag_finetune": ["--num_steps", "3", "--total_batch_size", "2048", "--eval_every", "0"],
     "scripts.rag_eval": ["--num_questions", "5"],
