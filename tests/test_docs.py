@@ -16,7 +16,7 @@ SMALLER = {
     "scripts.base_train": ["--num_steps", "2", "--d_model", "32", "--head_dim", "16"]
     + [a for name in ("copy", "far_copy", "recall", "record") for a in (f"--{name}_warmup_steps", "1")],
     "scripts.chat_sft": ["--num_steps", "2"],
-    "scripts.rag_finetune": ["--num_steps", "3", "--total_batch_size", "2048", "--eval_every", "0"],
+    "scripts.rag_finetune": ["--num_steps", "3", "--total_batch_size", "2304", "--eval_every", "0"],
     "scripts.rag_eval": ["--num_questions", "5"],
     "scripts.rag_chat": ["--max_tokens", "5"],
 }
