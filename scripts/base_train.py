@@ -40,6 +40,8 @@ class ModelShape:
     """Key/value heads (grouped-query attention); as many as query heads unless given."""
     d_state: int | None = None
     """State width N of Mamba-2."""
+    d_conv: int | None = None
+    """Width of Mamba-2's convolution, 4 unless given. More lets the first block see whole names of many tokens."""
     mamba_head_dim: int | None = None
     """Head width P of Mamba-2."""
     mlp: str = "relu2"
@@ -52,7 +54,7 @@ class ModelShape:
     """One matrix for embedding and output layer."""
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        names = ("n_kv_head", "d_state", "mamba_head_dim", "rope_theta")
+        names = ("n_kv_head", "d_state", "d_conv", "mamba_head_dim", "rope_theta")
         optional = {name: getattr(self, name) for name in names if getattr(self, name)}
         try:
             return ModelConfig.from_depth(

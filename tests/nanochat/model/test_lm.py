@@ -12,7 +12,8 @@ PATTERNS = ["TT", "MM", "MTMT", "TMMT"]
 
 def tiny(pattern: str, **overrides) -> HybridLM:
     torch.manual_seed(0)
-    settings = {"d_model": 64, "head_dim": 16, "d_state": 16, "mamba_head_dim": 32, "n_kv_head": 2, **overrides}
+    settings = {"d_model": 64, "head_dim": 16, "d_state": 16, "mamba_head_dim": 32, "n_kv_head": 2}
+    settings |= {"d_conv": 8 if pattern == "TMMT" else 4, **overrides}
     model = HybridLM(ModelConfig.from_depth(97, block_pattern=pattern, **settings))
     with torch.no_grad():  # the zero-initialised projections would hide every mixer
         for p in model.parameters():
