@@ -12,6 +12,7 @@ what --curriculum is for.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -61,7 +62,8 @@ class Config(TrainConfig):
     cite: bool = True
     """Answers begin with the numbers of the documents they come from: "[2] 1904"."""
     curriculum: list[str] = field(default_factory=list)
-    """Stages as documents:share of the training, like "1:0.2,2:0.2,5:0.6"; empty: top_k all along."""
+    """Stages as documents:share of the training, like "1:0.2,5:0.5,1-5:0.3"; empty: top_k all along. 1-5: each context
+    has 1 to 5 documents, so that the model stays at home with few."""
     max_doc_length: int = 500
     """Longest document in tokens; the rest is cut."""
     block_pattern: str = ""
@@ -93,46 +95,52 @@ def check_pattern(model: HybridLM, config: Config) -> None:
         )
 
 
-def parse_curriculum(stages: list[str], top_k: int) -> list[tuple[int, float]]:
-    """[(documents, share)], shares adding up to 1."""
+def parse_curriculum(stages: list[str], top_k: int) -> list[tuple[int, int, float]]:
+    """[(fewest documents, most documents, share)], shares adding up to 1."""
     if not stages:
-        return [(top_k, 1.0)]
-    try:
-        parsed = [(int(s.split(":")[0]), float(s.split(":")[1])) for s in stages]
-    except (ValueError, IndexError):
-        raise UserError(f'--curriculum {",".join(stages)}: write it as "1:0.2,2:0.2,5:0.6"') from None
-    total = sum(share for _, share in parsed)
-    if any(k < 1 or share <= 0 for k, share in parsed) or abs(total - 1) > 0.01:
+        return [(top_k, top_k, 1.0)]
+    parsed = []
+    for stage in stages:
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*:\s*([\d.]+)\s*", stage)
+        try:
+            low, high, share = int(match[1]), int(match[2] or match[1]), float(match[3])
+        except (TypeError, ValueError):
+            raise UserError(f'--curriculum {",".join(stages)}: write it as "1:0.2,5:0.5,1-5:0.3"') from None
+        parsed.append((low, high, share))
+    total = sum(share for *_, share in parsed)
+    if any(not 1 <= low <= high or share <= 0 for low, high, share in parsed) or abs(total - 1) > 0.01:
         raise UserError(f"--curriculum {','.join(stages)}: at least one document a stage, and shares that add up to 1")
-    return [(k, share / total) for k, share in parsed]
+    return [(low, high, share / total) for low, high, share in parsed]
 
 
 def make_phases(tasks: list, tokenizer: Tokenizer, config: Config, rows: int) -> list[Phase]:
     """One phase per stage of the curriculum, each with fresh shuffles of the examples it needs."""
     order = [(t, i) for t, task in enumerate(tasks) for i in range(len(task))]
     phases, epochs = [], count()
-    for top_k, share in parse_curriculum(config.curriculum, config.top_k):
+    for low, high, share in parse_curriculum(config.curriculum, config.top_k):
         # with num_steps, enough examples are rendered to fill its share of the steps without a repeat
         wanted = None if config.num_steps < 0 else max(1, round(share * config.num_steps))
         examples = round(share * config.num_epochs * len(order))
         room = float("inf") if wanted is None else wanted * rows * config.max_seq_len
 
-        def conversations(examples=examples, top_k=top_k, wanted=wanted):
+        def conversations(examples=examples, low=low, high=high, wanted=wanted):
             made = 0
             while wanted is not None or made < examples:
                 epoch = next(epochs)
                 shuffled = order.copy()
-                random.Random(f"{config.seed}/{epoch}").shuffle(shuffled)
+                rng = random.Random(f"{config.seed}/{epoch}")
+                rng.shuffle(shuffled)
                 for t, i in shuffled:
                     if wanted is None and made >= examples:
                         return
                     made += 1
-                    yield tasks[t].conversation(i, epoch, top_k)
+                    yield tasks[t].conversation(i, epoch, rng.randint(low, high))
 
         data, counts = render_examples(conversations(), tokenizer, config.max_seq_len, config.max_doc_length, room)
-        print0(f"train, {top_k} documents: {counts}")
+        documents = str(low) if low == high else f"{low}-{high}"
+        print0(f"train, {documents} documents: {counts}")
         batches = PackedBatches(data, config.max_seq_len, rows, config.seed)
-        phases.append(Phase(f"{top_k}-doc", batches, wanted or max(1, batches.steps_per_epoch())))
+        phases.append(Phase(f"{documents}-doc", batches, wanted or max(1, batches.steps_per_epoch())))
     return phases
 
 

@@ -1,4 +1,4 @@
-"""Causal self-attention: grouped-query heads, rotary positions, PyTorch's fused attention (SDPA).
+"""Causal self-attention: grouped-query heads, rotary positions.
 
 Sources: RoPE, Su et al. 2021 (arXiv 2104.09864, half-split form); grouped queries, Ainslie et al. 2023 (2305.13245).
 Shapes: B batch, L length, D model width, H query heads, Hkv key/value heads, Dh head width, S keys held.
@@ -6,13 +6,12 @@ Shapes: B batch, L length, D model width, H query heads, Hkv key/value heads, Dh
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.model.cache import KeyValues
+from nanochat.model.packed import Packing, causal_attention, packed_attention
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -41,12 +40,12 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        segments: list[list[tuple[int, int]]] | None = None,
+        packing: Packing | None = None,
         cache: KeyValues | None = None,
         positions: Tensor | None = None,
         needed: int = 0,
     ) -> Tensor:
-        """x (B, L, D). segments: per row the (start, end) of each packed document, attended to separately.
+        """x (B, L, D). packing: where the documents of packed rows lie; none looks into another.
         With a cache: positions (B, L) of x's tokens and `needed`, the number of cached positions in use after them."""
         B, L, _ = x.shape
         q = self.q_proj(x).view(B, L, self.n_head, self.head_dim).transpose(1, 2)
@@ -55,41 +54,15 @@ class Attention(nn.Module):
         if rotary is not None:
             cos, sin = (t.to(q.dtype).unsqueeze(1) for t in rotary)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        grouped = self.n_head != self.n_kv_head
         if cache is not None:
             first = cache.k is None
             k_all, v_all = cache.write(k.to(v.dtype), v, positions, needed)
             if first:  # nothing before: plain causal attention; right padding cannot be seen by real tokens
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+                y = causal_attention(q, k, v)
             else:
+                grouped = self.n_head != self.n_kv_head
                 visible = torch.arange(needed, device=x.device) <= positions.unsqueeze(-1)  # B L S
                 y = F.scaled_dot_product_attention(q, k_all, v_all, attn_mask=visible.unsqueeze(1), enable_gqa=grouped)
-        elif segments is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
-            y = _packed_attention(q, k, v, segments, grouped)
+            y = causal_attention(q, k, v) if packing is None else packed_attention(q, k, v, packing)
         return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))
-
-
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: list[list[tuple[int, int]]], grouped: bool) -> Tensor:
-    """Causal attention inside each document of each row: one small SDPA per document, never an L x L mask."""
-    rows = []
-    for b, spans in enumerate(segments):
-        parts = [
-            F.scaled_dot_product_attention(
-                q[b : b + 1, :, s:e], k[b : b + 1, :, s:e], v[b : b + 1, :, s:e], is_causal=True, enable_gqa=grouped
-            )
-            for s, e in spans
-        ]
-        rows.append(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
-    return torch.cat(rows)
-
-
-def segments_of(seq_idx: Tensor) -> list[list[tuple[int, int]]]:
-    """seq_idx (B, L) -> for each row the (start, end) spans of equal consecutive values."""
-    spans = []
-    for row in seq_idx.cpu():
-        cuts = (row[1:] != row[:-1]).nonzero().flatten().add(1).tolist()
-        edges = [0, *cuts, len(row)]
-        spans.append(list(pairwise(edges)))
-    return spans

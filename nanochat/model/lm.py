@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.model.attention import Attention, rotary_tables, segments_of
+from nanochat.model.attention import Attention, rotary_tables
 from nanochat.model.cache import Cache
 from nanochat.model.mamba import Mamba2
+from nanochat.model.packed import Packing
 
 IGNORE = -1  # a target that is not learned
 
@@ -224,11 +225,11 @@ class HybridLM(nn.Module):
             positions = cache.lengths.unsqueeze(-1) + positions
             needed = cache.max_length + L
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta) if self.config.rope else None
-        segments = segments_of(seq_idx) if seq_idx is not None and "T" in self.config.block_pattern else None
+        packing = Packing.of(seq_idx) if seq_idx is not None and "T" in self.config.block_pattern else None
         for i, block in enumerate(self.blocks[:depth]):
             layer = cache.layers[i] if cache is not None else None
             if block.kind == "T":
-                context = {"rotary": rotary, "segments": segments}
+                context = {"rotary": rotary, "packing": packing}
                 if cache is not None:
                     context |= {"cache": layer, "positions": positions, "needed": needed}
             else:

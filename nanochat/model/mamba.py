@@ -19,21 +19,56 @@ from nanochat.model.cache import MambaState
 from nanochat.model.ssd import ssd_scan, ssd_step
 
 
+class _PaddedConv(torch.autograd.Function):
+    """x (T, C), weight (W, C), bias (C,); place (T,) says where each input lies among `total` positions, the others
+    being zeros. out[t] = bias + sum over k of weight[k] * padded[place[t] - (W - 1) + k].
+
+    As shifts and adds in place, on whole rows that lie in order in memory. Its own backward keeps the padded input
+    alone, where autograd would keep W products.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, place: Tensor, total: int):
+        W = len(weight)
+        padded = x.new_zeros(total, x.shape[1]).index_copy_(0, place, x)
+        size = total - W + 1
+        out = torch.addcmul(bias, padded[:size], weight[0])
+        for k in range(1, W):
+            out.addcmul_(padded[k : k + size], weight[k])
+        ctx.save_for_backward(padded, weight, place)
+        return out.index_select(0, place - (W - 1))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        padded, weight, place = ctx.saved_tensors
+        (W, C), total = weight.shape, len(padded)
+        size = total - W + 1
+        spread = dy.new_zeros(total + W - 1, C).index_copy_(0, place, dy)
+        dx = spread[W - 1 :] * weight[0]
+        for k in range(1, W):
+            dx.addcmul_(spread[W - 1 - k : W - 1 - k + total], weight[k])
+        at_out = spread[W - 1 : total]
+        dweight = torch.stack([(at_out * padded[k : k + size]).sum(0) for k in range(W)])
+        return dx.index_select(0, place), dweight, dy.sum(0), None, None
+
+
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """Depthwise causal convolution as shifts and adds. x (B, L, C), weight (C, W), bias (C,), past (B, W-1, C) inputs
-    before x (None: zeros), seq_idx (B, L): taps never reach into another document."""
+    """Depthwise causal convolution. x (B, L, C), weight (C, W), bias (C,), past (B, W-1, C) inputs before x (None:
+    zeros), seq_idx (B, L): taps never reach into another document. Not both past and seq_idx."""
     W = weight.shape[1]
+    weight, bias = weight.to(x.dtype).t().contiguous(), bias.to(x.dtype)
+    if past is not None:
+        x = torch.cat([past.to(x.dtype), x], dim=1)
+        if x.shape[1] == W:  # one new token
+            return (x * weight).sum(1, keepdim=True) + bias
     B, L, C = x.shape
-    before = x.new_zeros(B, W - 1, C) if past is None else past.to(x.dtype)
-    padded = torch.cat([before, x], dim=1)
-    out = torch.addcmul(bias.to(x.dtype), x, weight[:, W - 1].to(x.dtype))
-    for shift in range(1, W):
-        tap = padded[:, W - 1 - shift : W - 1 - shift + L]
-        if seq_idx is not None:
-            same = torch.cat([seq_idx[:, :1].expand(B, shift), seq_idx[:, :-shift]], dim=1)[:, :L] == seq_idx
-            tap = tap * same.unsqueeze(-1)
-        out = torch.addcmul(out, tap, weight[:, W - 1 - shift].to(x.dtype))
-    return out
+    starts = torch.zeros(B, L, dtype=torch.bool, device=x.device)
+    if seq_idx is not None:
+        starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    starts[:, 0] = True
+    place = torch.arange(B * L, device=x.device) + (W - 1) * starts.flatten().cumsum(0)  # W - 1 zeros before each start
+    out = _PaddedConv.apply(x.reshape(B * L, C), weight, bias, place, int(place[-1]) + 1).view(B, L, C)
+    return out if past is None else out[:, W - 1 :]
 
 
 class GatedRMSNorm(nn.Module):

@@ -71,7 +71,7 @@ def curve(rows: list[dict]) -> list[tuple]:
 
 
 def test_finetune_evaluate_and_report(home):
-    out = ok(run(home, "scripts.rag_finetune", *data(home), *RAG, *TINY, "--curriculum", "1:0.5,3:0.5", "--top_k", 3))
+    out = ok(run(home, "scripts.rag_finetune", *data(home), *RAG, *TINY, "--curriculum", "1:0.5,1-3:0.5", "--top_k", 3))
     assert "1-doc" in out and "3-doc" in out and "left" in out
     rows = metrics(home, "rag")
     assert [r["phase"] for r in rows] == ["1-doc", "1-doc", "3-doc", "3-doc"]

@@ -1,0 +1,50 @@
+"""The mixer's convolution against PyTorch's own, document by document."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.model.mamba import causal_conv
+
+
+def slow_conv(x, weight, bias, past, seq_idx):
+    """F.conv1d on each document of each row by itself, after zeros or after `past`."""
+    W = weight.shape[1]
+    rows = []
+    for b in range(len(x)):
+        cuts = [0, *(i for i in range(1, x.shape[1]) if seq_idx[b, i] != seq_idx[b, i - 1]), x.shape[1]]
+        parts = []
+        for s, e in itertools.pairwise(cuts):
+            before = past[b] if past is not None and s == 0 else x.new_zeros(W - 1, x.shape[2])
+            padded = torch.cat([before, x[b, s:e]]).t()
+            parts.append(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[2]).t())
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("W", [1, 4, 8])
+@pytest.mark.parametrize("case", ["plain", "past", "one new token", "packed"])
+def test_convolution_and_its_gradients(W, case):
+    torch.manual_seed(0)
+    B, L, C = 3, 1 if case == "one new token" else 29, 5
+    x, weight, bias = torch.randn(B, L, C), torch.randn(C, W), torch.randn(C)
+    past = torch.randn(B, W - 1, C) if case in ("past", "one new token") else None
+    seq_idx = torch.zeros(B, L, dtype=torch.long)
+    if case == "packed":  # documents shorter than the convolution among them
+        seq_idx = (torch.rand(B, L) < 0.3).long().cumsum(1)
+    inputs = [t.double().requires_grad_() for t in (x, weight, bias, *([past] if past is not None else []))]
+    given = inputs if past is not None else [*inputs, None]
+    fast = causal_conv(*given, seq_idx if case == "packed" else None)
+    slow = slow_conv(*given, seq_idx)
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-12)
+    probe = torch.randn_like(slow)
+    if past is not None and W == 1:
+        inputs = inputs[:3]  # no past to have a gradient
+    for ours, theirs in zip(
+        torch.autograd.grad((fast * probe).sum(), inputs),
+        torch.autograd.grad((slow * probe).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-11)
