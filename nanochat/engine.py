@@ -1,22 +1,28 @@
-"""Inference: prefill, batched decoding of rows of different length, streaming.
+"""Inference: prefill in pieces, batched decoding with rows that come and go, streaming, reuse of what was read before.
 
 Rows are padded on the right and the padding leaves every state untouched, so a row's answer does not depend on the
 rows beside it.
+
+    engine = Engine(model, tokenizer)
+    text, info = engine.generate_from_conversation(conversation, max_tokens=64)
 """
 
 from __future__ import annotations
 
-import codecs
+import random
 import time
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.conversation import answer_text, render_prompt
+from nanochat.model.cache import Cache
 from nanochat.model.lm import HybridLM
+from nanochat.sampling import Sampling, TextStream, sample
 from nanochat.tokenizer import Tokenizer
 
 
@@ -26,131 +32,248 @@ class Generation:
 
     ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Tokens of the prompt whose state was still there from before."""
     finish_reason: str = "length"
-    """"stop": the model ended its message; "length": max_tokens reached."""
+    """"stop": the model ended its message, or wrote a stop text; "length": max_tokens reached."""
     first_token_seconds: float = 0.0
     seconds: float = 0.0
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Next tokens (B,) from logits (B, V). temperature 0 takes the best."""
-    if temperature < 0 or temperature != temperature:
-        raise UserError(f"temperature {temperature} must be 0 (greedy) or more")
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_k is not None and top_k < logits.shape[-1]:
-        kept = logits.topk(max(1, top_k)).values[:, -1:]
-        logits = logits.masked_fill(logits < kept, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+class PrefixCache:
+    """States after prompts that were read, to go on from when a later prompt begins with the same tokens. The ones
+    used longest ago go first when they take more than max_bytes."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.states: OrderedDict[tuple[int, ...], Cache] = OrderedDict()
+
+    def longest(self, prompt: Sequence[int]) -> tuple[int, Cache] | None:
+        """The longest state that leaves at least one token of the prompt to read, as a copy."""
+        fitting = [ids for ids in self.states if len(ids) < len(prompt) and ids == tuple(prompt[: len(ids)])]
+        if not fitting:
+            return None
+        ids = max(fitting, key=len)
+        self.states.move_to_end(ids)
+        return len(ids), self.states[ids].fork()
+
+    def put(self, ids: Sequence[int], cache: Cache) -> None:
+        """Keep a copy of a one-row cache that has read exactly these tokens."""
+        self.states.pop(tuple(ids), None)
+        self.states[tuple(ids)] = cache.fork()
+        while self.nbytes > self.max_bytes:
+            self.states.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.states.values())
+
+
+class Request:
+    """One prompt on its way to an answer. `ids` grows by what the model writes, without its end token."""
+
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer):
+        if not prompt:
+            raise UserError("a prompt is empty")
+        self.prompt, self.sampling = list(prompt), sampling
+        self.ids: list[int] = []
+        self.finish_reason = ""  # empty while it runs
+        self.reused_tokens = 0
+        self._random = random.Random(sampling.seed)
+        self._stops = TextStream(tokenizer, sampling.stop) if sampling.stop else None
+
+    def draw(self) -> float:
+        return self._random.random() if self.sampling.temperature > 0 else 0.0
+
+    def take(self, token: int, end: int) -> None:
+        if token == end:
+            self.finish_reason = "stop"
+            return
+        self.ids.append(token)
+        if self._stops is not None:
+            self._stops.feed(token)
+        if self._stops is not None and self._stops.stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) == self.sampling.max_tokens:
+            self.finish_reason = "length"
+
+
+class Batch:
+    """Requests decoded together. New ones join between two steps, as soon as `join_at` rows are free, and rows that
+    have ended leave: nobody waits for the longest answer (Orca, Yu et al. 2022)."""
+
+    def __init__(self, engine: Engine, max_rows: int = 32, join_at: int = 1):
+        self.engine, self.max_rows, self.join_at = engine, max_rows, min(join_at, max_rows)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._cache: Cache | None = None
+        self._last: Tensor | None = None  # the running rows' newest tokens, not read yet
+
+    def add(self, request: Request) -> Request:
+        self.waiting.append(request)
+        return request
+
+    def drop(self, request: Request) -> None:
+        """Give a request up, wherever it is."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.running:
+            keep = [i for i, other in enumerate(self.running) if other is not request]
+            self._keep(keep)
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """One more token for every running row, or the first for those that join; returns the rows that got one.
+        Empty when there is nothing left to do."""
+        joining = []
+        free = self.max_rows - len(self.running)
+        if self.waiting and (not self.running or free >= self.join_at):
+            joining = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        parts = []  # caches and logits of the rows that go on, then of those that join
+        if self.running:
+            logits = self.engine.model(self._last.unsqueeze(-1), cache=self._cache, last_only=True)
+            parts.append((self._cache, logits))
+        if joining:
+            parts += self.engine.prefill(joining)
+            self.running = self.running + joining
+        if not self.running:
+            return []
+        self._cache = parts[0][0] if len(parts) == 1 else Cache.join([cache for cache, _ in parts])
+        logits = torch.cat([logits for _, logits in parts])
+        rows = self.running
+        seen = [r.prompt + r.ids for r in rows] if any(r.sampling.repetition_penalty != 1 for r in rows) else None
+        self._last = sample(logits, [r.sampling for r in rows], [r.draw() for r in rows], seen)
+        for request, token in zip(rows, self._last.tolist(), strict=True):
+            request.take(token, self.engine.end)
+        self._keep([i for i, request in enumerate(rows) if not request.finish_reason])
+        return rows
+
+    def _keep(self, rows: list[int]) -> None:
+        """Let the other rows leave; what they have read is kept for a prompt that goes on from there."""
+        if len(rows) == len(self.running):
+            return
+        if self.engine.prefixes is not None and self._cache is not None:
+            for row in set(range(len(self.running))) - set(rows):
+                request, length = self.running[row], int(self._cache.lengths[row])
+                state = self._cache.select(torch.tensor([row], device=self._cache.lengths.device))
+                self.engine.prefixes.put((request.prompt + request.ids)[:length], state)
+        index = torch.tensor(rows, dtype=torch.long, device=self.engine.model.device)
+        self.running = [self.running[row] for row in rows]
+        self._cache = self._cache.select(index) if rows else None
+        self._last = self._last[index] if rows else None
 
 
 class Engine:
-    def __init__(self, model: HybridLM, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        self.end = tokenizer.special_id("<|assistant_end|>")
+    """prefill_chunk: tokens of a prompt read at a time, which bounds memory. prefix_bytes: memory for states of what
+    was read before, so that a follow-up question reads only what is new; 0 keeps none."""
 
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        valid = torch.tensor([len(p) for p in prompts])
-        tokens = torch.zeros(len(prompts), int(valid.max()), dtype=torch.long)
+    def __init__(self, model: HybridLM, tokenizer: Tokenizer, prefill_chunk: int = 1024, prefix_bytes: int = 0):
+        self.model, self.tokenizer, self.prefill_chunk = model, tokenizer, prefill_chunk
+        self.end = tokenizer.special_id("<|assistant_end|>")
+        self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
+
+    def prefill(self, requests: Sequence[Request]) -> list[tuple[Cache, Tensor]]:
+        """Read the prompts. Caches and the logits (rows, V) after them, in the requests' order: all in one, or with
+        reuse of prefixes one by one."""
+        self.model.eval()
+        if self.prefixes is None:
+            cache = self.model.new_cache(len(requests))
+            return [(cache, self._read(cache, [r.prompt for r in requests]))]
+        parts = []
+        for request in requests:
+            request.reused_tokens, cache = self.prefixes.longest(request.prompt) or (0, self.model.new_cache(1))
+            # the documents are what the next question will share
+            shared = self._end_of_documents(request.prompt)
+            if request.reused_tokens < shared < len(request.prompt):
+                self._read(cache, [request.prompt[request.reused_tokens : shared]])
+                self.prefixes.put(request.prompt[:shared], cache)
+            parts.append((cache, self._read(cache, [request.prompt[int(cache.lengths[0]) :]])))
+        return parts
+
+    def _end_of_documents(self, prompt: list[int]) -> int:
+        ends = {self.tokenizer.special_id(f"<|{name}_end|>") for name in ("retrieval", "system")}
+        return next((i + 1 for i in range(len(prompt) - 1, -1, -1) if prompt[i] in ends), 0)
+
+    def _read(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Feed rows of different length in pieces; the logits (rows, V) after each row's last token."""
+        device = self.model.device
+        sizes = torch.tensor([len(p) for p in prompts])
+        longest = int(sizes.max())
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        return tokens.to(self.model.device), valid.to(self.model.device)
-
-    @torch.inference_mode()
-    def _decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        seed: int,
-    ) -> Iterator[list[int | None]]:
-        """One list per step: the row's new token, or None once the row has ended."""
-        if any(not p for p in prompts):
-            raise UserError("a prompt is empty")
-        self.model.eval()
-        generator = torch.Generator(self.model.device).manual_seed(seed)
-        tokens, valid = self._padded(prompts)
-        rows = torch.arange(len(prompts))  # rows still running, as indices into prompts
-        cache = self.model.new_cache(len(prompts))
-        ragged = len(set(map(len, prompts))) > 1
-        logits = self.model(tokens, cache=cache, valid=valid if ragged else None, last_only=True)
-        for made in range(1, max_tokens + 1):
-            chosen = sample(logits, temperature, top_k, generator)
-            emitted: list[int | None] = [None] * len(prompts)
-            for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
-                emitted[row] = token
-            yield emitted
-            running = (chosen != self.end).nonzero().flatten()
-            if not len(running) or made == max_tokens:
-                return
-            if len(running) < len(rows):  # ended rows leave the batch
-                rows, chosen, cache = rows[running.cpu()], chosen[running], cache.select(running)
-            logits = self.model(chosen.unsqueeze(-1), cache=cache, last_only=True)
-
-    def generate(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 0,
-    ) -> Iterator[int]:
-        """Stream the new tokens of one prompt; the end token is not among them."""
-        for (token,) in self._decode([prompt], max_tokens, temperature, top_k, seed):
-            if token == self.end:
-                return
-            yield token
-
-    def generate_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        batch_size: int = 32,
-    ) -> list[list[int]]:
-        """New tokens of each prompt, in the prompts' order. Prompts of similar length are run together."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        out: list[list[int]] = [[] for _ in prompts]
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
-            for emitted in self._decode([prompts[i] for i in members], max_tokens, temperature, top_k, seed):
-                for i, token in zip(members, emitted, strict=True):
-                    if token is not None and token != self.end:
-                        out[i].append(token)
+        ragged = bool((sizes < longest).any())
+        tokens, sizes = tokens.to(device), sizes.to(device)
+        out: Tensor | None = None
+        for start in range(0, longest, self.prefill_chunk):
+            piece = tokens[:, start : start + self.prefill_chunk]
+            valid = (sizes - start).clamp(0, piece.shape[1]) if ragged else None
+            logits = self.model(piece, cache=cache, valid=valid, last_only=True)
+            # rows that had ended before this piece keep theirs
+            out = torch.where((valid > 0).unsqueeze(-1), logits, out) if ragged and start else logits
         return out
+
+    def generate(self, prompt: Sequence[int], **settings) -> Iterator[int]:
+        """Stream the new tokens of one prompt; the end token is not among them. settings: those of Sampling."""
+        yield from self._stream(Request(prompt, Sampling(**settings), self.tokenizer))
+
+    def _stream(self, request: Request) -> Iterator[int]:
+        batch = Batch(self, max_rows=1)
+        batch.add(request)
+        given = 0
+        try:
+            while batch.step():
+                yield from request.ids[given:]
+                given = len(request.ids)
+        finally:
+            batch.drop(request)  # closed before its end: what was read is kept all the same
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], batch_size: int = 32, **settings) -> list[list[int]]:
+        """New tokens of each prompt, in the prompts' order. settings: those of Sampling; the i-th prompt's seed is
+        seed + i. Prompts of similar length are read together."""
+        sampling = Sampling(**settings)
+        requests = [
+            Request(prompt, replace(sampling, seed=sampling.seed + i), self.tokenizer)
+            for i, prompt in enumerate(prompts)
+        ]
+        batch = Batch(self, batch_size, join_at=max(1, batch_size // 2))
+        for request in sorted(requests, key=lambda r: len(r.prompt)):
+            batch.add(request)
+        while batch.step():
+            pass
+        return [r.ids for r in requests]
 
     def stream_text(self, ids: Iterable[int]) -> Iterator[str]:
         """Text as it becomes whole: bytes of a character split over tokens wait for the rest."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        stream = TextStream(self.tokenizer)
         for token in ids:
-            if text := decoder.decode(self.tokenizer.decode_bytes([token])):
+            if text := stream.feed(token):
                 yield text
-        if text := decoder.decode(b"", final=True):
+        if text := stream.feed(None):
             yield text
 
     def generate_from_conversation(
         self,
         conversation: dict,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 0,
         max_prompt_tokens: int | None = None,
         max_doc_tokens: int = 500,
+        **settings,
     ) -> tuple[str, Generation]:
-        """The assistant's answer to a conversation whose last message is not the assistant's, and how it came about."""
+        """The assistant's answer to a conversation whose last message is not the assistant's, and how it came about.
+        settings: those of Sampling."""
+        sampling = Sampling(**settings)
         prompt = render_prompt(conversation, self.tokenizer, max_prompt_tokens, max_doc_tokens)
+        request = Request(prompt, sampling, self.tokenizer)
         info = Generation(prompt_tokens=len(prompt))
         began = time.perf_counter()
-        for (token,) in self._decode([prompt], max_tokens, temperature, top_k, seed):
-            if not info.first_token_seconds:
-                info.first_token_seconds = time.perf_counter() - began
-            if token == self.end:
-                info.finish_reason = "stop"
-                break
-            info.ids.append(token)
+        for _ in self._stream(request):
+            info.first_token_seconds = info.first_token_seconds or time.perf_counter() - began
         info.seconds = time.perf_counter() - began
-        return answer_text(info.ids, self.tokenizer), info
+        info.first_token_seconds = info.first_token_seconds or info.seconds
+        info.ids, info.finish_reason, info.reused_tokens = request.ids, request.finish_reason, request.reused_tokens
+        return _before(answer_text(request.ids, self.tokenizer), sampling.stop), info
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """Text up to the first of the stop texts."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))].rstrip()

@@ -312,7 +312,7 @@ def main() -> None:
     compute = compute_init(config.device, config.seed)
     model, tokenizer, meta = load_model(config.source, compute.device, model_tag=config.model_tag)
     session = ChatSession(
-        Engine(model, tokenizer),
+        Engine(model, tokenizer, prefix_bytes=1 << 29),
         manager,
         config.top_k,
         config.temperature,

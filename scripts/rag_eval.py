@@ -94,7 +94,7 @@ def evaluate_system(
         )
     began = time.perf_counter()
     with autocast(engine.model.device, resolve_dtype(config.dtype, engine.model.device)):
-        generated = engine.generate_batch(prompts, config.max_tokens, batch_size=config.batch_size)
+        generated = engine.generate_batch(prompts, config.batch_size, max_tokens=config.max_tokens)
     seconds = time.perf_counter() - began
     answers = [answer_text(ids, engine.tokenizer) for ids in generated]
     said, cited = zip(*map(split_citations, answers), strict=True)

@@ -6,6 +6,7 @@ are real, and the next tokens of a row overwrite its padding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +25,19 @@ class KeyValues:
         B, H, L, Dh = k.shape
         if self.k is None or needed > self.k.shape[2]:
             capacity = max(64, needed, 2 * self.k.shape[2] if self.k is not None else 0)
-            grown_k, grown_v = k.new_zeros(B, H, capacity, Dh), v.new_zeros(B, H, capacity, Dh)
-            if self.k is not None:
-                grown_k[:, :, : self.k.shape[2]] = self.k
-                grown_v[:, :, : self.v.shape[2]] = self.v
-            self.k, self.v = grown_k, grown_v
+            self.k, self.v = (_grown(old, new, capacity) for old, new in ((self.k, k), (self.v, v)))
         index = positions[:, None, :, None].expand(B, H, L, Dh)
         self.k.scatter_(2, index, k)
         self.v.scatter_(2, index, v)
         return self.k[:, :, :needed], self.v[:, :, :needed]
+
+
+def _grown(old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+    B, H, _, Dh = like.shape
+    grown = like.new_zeros(B, H, capacity, Dh)
+    if old is not None:
+        grown[:, :, : old.shape[2]] = old
+    return grown
 
 
 @dataclass
@@ -51,10 +56,53 @@ class Cache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.max_length = 0  # of any row, known without asking the device
 
-    def select(self, rows: Tensor) -> Cache:
-        """A new cache holding copies of the given rows (repeats allowed: that is how a prefix is forked)."""
-        new = object.__new__(Cache)
-        new.layers = [type(e)(*(None if t is None else t[rows] for t in vars(e).values())) for e in self.layers]
-        new.lengths = self.lengths[rows]
-        new.max_length = self.max_length
+    @classmethod
+    def _of(cls, layers: list[KeyValues | MambaState], lengths: Tensor) -> Cache:
+        new = object.__new__(cls)
+        new.layers, new.lengths = layers, lengths
+        new.max_length = int(lengths.max()) if len(lengths) else 0
         return new
+
+    def select(self, rows: Tensor) -> Cache:
+        """A new cache holding copies of the given rows, with little more room than they need."""
+        new = self._of([], self.lengths[rows])
+        room = 64 * (new.max_length // 64 + 1)
+        for layer in self.layers:
+            held = vars(layer).values()
+            if isinstance(layer, KeyValues):
+                held = (None if t is None else t[rows, :, :room] for t in held)
+            else:
+                held = (None if t is None else t[rows] for t in held)
+            new.layers.append(type(layer)(*held))
+        return new
+
+    def fork(self, times: int = 1) -> Cache:
+        """A cache of `times` copies of this one's only row: what follows may differ in each."""
+        if len(self.lengths) != 1:
+            raise ValueError(f"only a cache of one row can be forked, this one has {len(self.lengths)}")
+        return self.select(torch.zeros(times, dtype=torch.long, device=self.lengths.device))
+
+    @classmethod
+    def join(cls, caches: Sequence[Cache]) -> Cache:
+        """One batch of the rows of several caches (all of which have read something)."""
+        lengths = torch.cat([c.lengths for c in caches])
+        capacity = max(c.max_length for c in caches)
+        layers: list[KeyValues | MambaState] = []
+        for parts in zip(*(c.layers for c in caches), strict=True):
+            kind = type(parts[0])
+            held = [list(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)]
+            if kind is KeyValues:
+                held = [[_grown(t[:, :, :capacity], t, max(64, capacity)) for t in tensors] for tensors in held]
+            layers.append(kind(*(torch.cat(tensors) for tensors in held)))
+        return cls._of(layers, lengths)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens of every row. A Mamba state cannot go back: ValueError."""
+        if any(isinstance(layer, MambaState) for layer in self.layers):
+            raise ValueError("a cache with Mamba states cannot be truncated; fork it before what may have to be undone")
+        self.lengths = self.lengths.clamp_max(length)
+        self.max_length = min(self.max_length, length)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for layer in self.layers for t in vars(layer).values() if t is not None)

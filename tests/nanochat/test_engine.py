@@ -9,7 +9,8 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.conversation import answer_ids, answer_text, render_prompt
-from nanochat.engine import Engine, sample
+from nanochat.engine import Batch, Engine, Request
+from nanochat.sampling import Sampling
 
 PATTERNS = ["MT", "TT", "MM"]
 
@@ -76,25 +77,6 @@ def test_max_tokens(engine, monkeypatch):
     assert engine.generate_batch([], max_tokens=4) == []
     with pytest.raises(UserError, match="prompt is empty"):
         list(engine.generate([], max_tokens=4))
-
-
-def test_sampling_follows_temperature_and_top_k():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, 4)
-    generator = torch.Generator().manual_seed(0)
-
-    def shares(temperature, top_k):
-        return sample(logits, temperature, top_k, generator).bincount(minlength=4) / len(logits)
-
-    for temperature in (0.5, 1.0, 2.0):
-        assert (shares(temperature, None) - (logits[0] / temperature).softmax(-1)).abs().max() < 0.015
-    kept = torch.cat([logits[0, :2].softmax(-1), torch.zeros(2)])
-    assert (shares(1.0, 2) - kept).abs().max() < 0.015
-    assert shares(1.0, 1).tolist() == [1, 0, 0, 0]
-    assert shares(0.0, None).tolist() == [1, 0, 0, 0]
-    assert shares(1.0, 100)[3] > 0  # a top_k over the vocabulary keeps all
-    for bad in (-1.0, float("nan")):
-        with pytest.raises(UserError, match="temperature"):
-            sample(logits, bad, None, generator)
 
 
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(engine):
@@ -214,3 +196,106 @@ def test_engine_needs_only_a_model_and_a_tokenizer(small_tokenizer):
         [],
         [9, 10, 11, 12, 13],
     ]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_prefill_in_pieces_equals_whole_prefill(pattern, chunk, small_tokenizer, make_model):
+    model = make_model(small_tokenizer.vocab_size, pattern).eval()
+    prompts = prompts_of([70, 3, 1, 12, 64], small_tokenizer.vocab_size)
+    requests = [Request(p, Sampling(), small_tokenizer) for p in prompts]
+    ((cache, logits),) = Engine(model, small_tokenizer, prefill_chunk=chunk).prefill(requests)
+    assert cache.lengths.tolist() == [70, 3, 1, 12, 64]
+    for row, prompt in zip(logits, prompts, strict=True):
+        assert (row - model(torch.tensor([prompt]))[0, -1]).abs().max() < 1e-4
+    pieces = Engine(model, small_tokenizer, prefill_chunk=chunk).generate_batch(prompts, max_tokens=9)
+    assert pieces == [naive(model, p, 9, small_tokenizer.special_id("<|assistant_end|>")) for p in prompts]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("join_at", [1, 2])
+def test_rows_that_join_while_others_run(pattern, join_at, small_tokenizer, make_model):
+    model = make_model(small_tokenizer.vocab_size, pattern).eval()
+    engine = Engine(model, small_tokenizer)
+    prompts = prompts_of([30, 4, 70, 6, 13, 90], small_tokenizer.vocab_size)
+    sizes = [5, 12, 3, 9, 1, 7]
+    batch = Batch(engine, max_rows=3, join_at=join_at)
+    requests = [Request(p, Sampling(max_tokens=n), small_tokenizer) for p, n in zip(prompts, sizes, strict=True)]
+    for request in requests[:2]:
+        batch.add(request)
+    batch.step()
+    for request in requests[2:]:
+        batch.add(request)
+    most, steps = 0, 1
+    while rows := batch.step():
+        most, steps = max(most, len(rows)), steps + 1
+    assert most == 3 and steps < sum(sizes)
+    assert [r.ids for r in requests] == [naive(model, p, n, engine.end) for p, n in zip(prompts, sizes, strict=True)]
+
+
+def test_a_dropped_row_leaves_the_others_alone(engine):
+    prompts = prompts_of([9, 4, 20], engine.tokenizer.vocab_size)
+    batch = Batch(engine, max_rows=2)
+    first, second, waiting = (batch.add(Request(p, Sampling(max_tokens=8), engine.tokenizer)) for p in prompts)
+    batch.step()
+    batch.drop(first)
+    batch.drop(waiting)
+    while batch.step():
+        pass
+    assert len(first.ids) == 1 and not waiting.ids
+    assert second.ids == naive(engine.model, prompts[1], 8, engine.end)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_follow_up_reads_only_what_is_new(pattern, small_tokenizer, make_model, monkeypatch):
+    model = make_model(small_tokenizer.vocab_size, pattern).eval()
+    engine = Engine(model, small_tokenizer, prefix_bytes=1 << 20)
+    plain = Engine(model, small_tokenizer)
+    read = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens, **kw: read.append(tokens.numel()) or forward(tokens, **kw))
+
+    def ask(engine, messages):
+        read.clear()
+        text, info = engine.generate_from_conversation({"messages": messages}, max_tokens=6)
+        return text, info
+
+    documents = [{"id": str(n), "title": f"Town {n}", "content": "It has a bridge. " * 9} for n in range(3)]
+    talk = [{"role": "retrieval", "documents": documents}]
+    first = [*talk, {"role": "user", "content": "Which river?"}]
+    other = [*talk, {"role": "user", "content": "When was it built, and by whom?"}]
+    for messages in (first, other):
+        expected, _ = ask(plain, messages)
+        whole = sum(read)
+        text, info = ask(engine, messages)
+        assert text == expected
+        if messages is other:  # the documents were read for the first question
+            assert info.reused_tokens > 0.7 * info.prompt_tokens and sum(read) < 0.4 * whole
+    # the second turn of a talk goes on from the end of the first answer, if it reads back as the tokens written
+    text, info = ask(engine, first)
+    again = [*first, {"role": "assistant", "content": text}, {"role": "user", "content": "And then?"}]
+    expected, _ = ask(plain, again)
+    text, info = ask(engine, again)
+    assert text == expected and info.reused_tokens > 0.7 * info.prompt_tokens
+
+
+def test_states_kept_stay_within_their_memory(engine):
+    bounded = Engine(engine.model, engine.tokenizer, prefix_bytes=40_000)
+    prompts = prompts_of([50, 60, 70, 80, 90, 40], engine.tokenizer.vocab_size)
+    for prompt in prompts:
+        list(bounded.generate(prompt, max_tokens=3))
+        assert bounded.prefixes.nbytes <= 40_000
+    assert 0 < len(bounded.prefixes.states) < len(prompts)
+    kept = max(bounded.prefixes.states, key=len)
+    assert list(bounded.generate([*kept, 5], max_tokens=6)) == list(engine.generate([*kept, 5], max_tokens=6))
+
+
+def test_an_answer_ends_before_a_stop_text(engine, monkeypatch):
+    tokenizer = engine.tokenizer
+    said = tokenizer.encode(" The old bridge over the river was built")
+    written = iter(said)
+    monkeypatch.setattr("nanochat.engine.sample", lambda *a: torch.tensor([next(written)]))
+    conversation = {"messages": [{"role": "user", "content": "What?"}]}
+    text, info = engine.generate_from_conversation(conversation, max_tokens=50, stop=(" river", "over"))
+    assert text == "The old bridge" and info.finish_reason == "stop"
+    assert tokenizer.decode(info.ids).endswith("over")

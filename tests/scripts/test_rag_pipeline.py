@@ -72,9 +72,9 @@ def curve(rows: list[dict]) -> list[tuple]:
 
 def test_finetune_evaluate_and_report(home):
     out = ok(run(home, "scripts.rag_finetune", *data(home), *RAG, *TINY, "--curriculum", "1:0.5,1-3:0.5", "--top_k", 3))
-    assert "1-doc" in out and "3-doc" in out and "left" in out
+    assert "train, 1-3 documents" in out and "left" in out
     rows = metrics(home, "rag")
-    assert [r["phase"] for r in rows] == ["1-doc", "1-doc", "3-doc", "3-doc"]
+    assert [r["phase"] for r in rows] == ["1-doc", "1-doc", "1-3-doc", "1-3-doc"]
     assert all("val_loss" in r for r in rows[1::2])
     run_dir = home / "checkpoints/rag/tiny"
     report = (run_dir / "report.md").read_text()

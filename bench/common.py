@@ -1,0 +1,49 @@
+"""What the benchmarks share: timing side by side, tables, the figures in the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from nanochat.common import keep_freed_memory
+
+
+def start(threads: int) -> None:
+    """Fix the threads and the seed, and say on what machine the figures were taken."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    keep_freed_memory()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    print(f"{platform.machine()}, {threads} threads, torch {torch.__version__}, load before {load:.1f}", flush=True)
+
+
+def side_by_side(runs: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+    """Median seconds of each, after one call to warm up. All take turns in every round, so that what else the machine
+    does falls on all of them."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown; floats with three digits that matter."""
+    shown = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(header), ["---"] * len(header), *shown])
+
+
+def print_figures(figures: dict[str, float], as_json: bool) -> None:
+    print("\n" + table(["figure", "value"], list(figures.items())))
+    if as_json:
+        print(json.dumps({"figures": {name: round(value, 4) for name, value in figures.items()}}))
