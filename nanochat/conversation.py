@@ -339,9 +339,11 @@ def _block(
     segments = [_Segment(opening)]
     for number, document in enumerate(documents, start=first_number):
         shown = _as_dict(document)
-        title = _encode(shown.get("title", "").strip(), tokenizer)[:MAX_TITLE_TOKENS]
+        name = shown.get("title", "").strip()
+        title = _encode(name, tokenizer)[:MAX_TITLE_TOKENS]
         body = _encode(shown["content"], tokenizer)[:max_doc_tokens]
-        label = title + tokenizer.encode(str(number))
+        # the number of "Route 6" is 6 2, not 62
+        label = title + tokenizer.encode(f" {number}" if name[-1:].isnumeric() else str(number))
         ids = [special("<|doc_start|>"), *label, special("<|doc_body|>"), *body, special("<|doc_end|>")]
         segments.append(_Segment(ids, is_document=True))
     segments.append(_Segment([special("<|retrieval_end|>")]))
@@ -373,3 +375,48 @@ def _assemble(
         rendered.ids += segment.ids
         rendered.mask += [int(segment.learned)] * len(segment.ids)
     return rendered
+
+
+# The same layout as a Jinja template, for transformers and vLLM (nanochat/hf_tokenizer.py). Messages are those of
+# `render`; lengths are not limited.
+CHAT_TEMPLATE = """\
+{%- macro safe(text) -%}{{ text | replace("<|", "< |") }}{%- endmacro -%}
+{%- macro spaced(text) -%}{% if text and not text[0].isspace() %} {% endif %}{{ safe(text) }}{%- endmacro -%}
+{%- set count = namespace(documents=0) -%}
+{%- macro block(documents, query) -%}
+<|retrieval_start|>{% if query %}<|search_start|>{{ spaced(query) }}<|search_end|>{% endif %}
+{%- for document in documents -%}
+{%- set count.documents = count.documents + 1 -%}
+{%- set title = (document.title or "").strip() -%}
+<|doc_start|>{{ spaced(title) }}{% if title and title[-1].isnumeric() %} {% endif %}{{ count.documents -}}
+<|doc_body|>{{ spaced(document.content) }}<|doc_end|>
+{%- endfor -%}
+<|retrieval_end|>
+{%- endmacro -%}
+<|bos|>
+{%- for message in messages -%}
+{%- if message.role == "system" -%}
+<|system_start|>{{ spaced(message.content) }}<|system_end|>
+{%- elif message.role == "user" -%}
+<|user_start|>{{ spaced(message.content) }}<|user_end|>
+{%- elif message.role == "retrieval" -%}
+{%- for hop in (message.hops if message.multi_hop else [message]) -%}
+{{ block(hop.documents, hop.query) }}
+{%- endfor -%}
+{%- elif message.role == "assistant" -%}
+<|assistant_start|>
+{%- if message.content is string -%}
+{{ spaced(message.content) }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == "text" -%}{{ spaced(part.text) }}
+{%- elif part.type == "search" -%}<|search_start|>{{ spaced(part.query) }}<|search_end|>
+{%- else -%}{{ block(part.documents, none) }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|assistant_end|>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant_start|>{%- endif -%}
+"""

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, save_checkpoint
 from nanochat.common import Compute, UserError, keep_freed_memory, print0
 from nanochat.config import config_to_dict, save_config
+from nanochat.model.fp8 import use_fp8
+from nanochat.model.kernels import set_ssm_kernel
 from nanochat.model.lm import IGNORE, HybridLM
 from nanochat.optim import Optimizers
 from nanochat.packing import Batch
@@ -42,6 +44,12 @@ class TrainConfig:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; weights stay float32. auto: bfloat16 where the hardware multiplies in it."""
+    ssm_kernel: Literal["auto", "mamba_ssm", "fla", "torch"] = "auto"
+    """Code of the state-space scan on a GPU; auto: the first of these that is installed."""
+    fp8: bool = False
+    """Large matrix products in FP8 (Hopper or newer, needs torchao)."""
+    fp8_emulate: bool = False
+    """The roundings of FP8 on hardware without it, for tests; slower."""
     seed: int = 0
     """Seeds weights, data order and sampling."""
     max_seq_len: int = 2048
@@ -209,6 +217,10 @@ def train(
     model.gradient_checkpointing = config.gradient_checkpointing
     if compute.device.type == "cpu":
         keep_freed_memory()
+    set_ssm_kernel(config.ssm_kernel)
+    if config.fp8 or config.fp8_emulate:
+        changed = use_fp8(model, compute.device, config.fp8_emulate)
+        print0(f"fp8: {changed} linear layers{' (emulated)' if config.fp8_emulate else ''}")
     dtype = resolve_dtype(config.dtype, compute.device)
     print_plan(model, phases, config, compute, dtype)
     if config.plan:

@@ -110,8 +110,9 @@ def recall_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> E
     return ids, mask
 
 
-def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> Example:
-    """1 to 5 numbered documents that hold a value for each of the same 1 to 6 keys, then up to eight questions.
+def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks, documents: int | None = None) -> Example:
+    """1 to 5 (or just so many) numbered documents that hold a value for each of the same 1 to 6 keys, then up to eight
+    questions.
 
     The answer is a document's number in brackets and a value. Half of the questions give the document's title and a
     key, and both number and value are learned; the others give the key alone, and only the value is learned, from the
@@ -127,7 +128,7 @@ def record_example(rng: np.random.Generator, vocab_size: int, marks: Marks) -> E
     known = [lasting.integers(0, vocab_size, 1 + k % 2).tolist() for k in range(16)]
     keys = [known[k] for k in rng.permutation(16)[: int(rng.choice([1, 2, 3, 6]))].tolist()]
     ids, asked = [], []
-    documents = int(rng.integers(1, 6))
+    documents = documents or int(rng.integers(1, 6))
     for number, title in zip(marks.numbers, names(rng, documents, letters), strict=False):
         ids += [marks.doc_start, *title, *number, marks.doc_body]
         for k in rng.permutation(len(keys)).tolist():

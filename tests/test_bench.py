@@ -37,3 +37,31 @@ def test_ssm():
 def test_attention():
     figures = figures_of("attention", "--tokens", "128", "--lengths", "16,64", "--rounds", "1")
     assert set(figures) == {f"over_fused_{d}_{n}" for d in ("float32", "bfloat16") for n in (16, 64)}
+
+
+def test_decode():
+    sizes = ["--width", "64", "--depth", "2", "--lengths", "64,256", "--batches", "1,2", "--tokens", "2"]
+    figures = figures_of("decode", *sizes, "--documents", "100", "--rounds", "1")
+    # two blocks: the hybrid holds half of the keys and values, and one state
+    assert 0.5 < figures["state_bytes_hybrid_over_T_8k"] < 1
+    assert {"hybrid_over_T_8k", "mamba_over_T_8k", "batch2_over_1", "prefix_reuse_ratio"} <= set(figures)
+
+
+def test_train():
+    sizes = ["--width", "64", "--depth", "2", "--vocabulary", "256", "--tokens", "64", "--lengths", "32,64"]
+    figures = figures_of("train", *sizes, "--rounds", "1", "--steps", "1", "--loss_steps", "30")
+    assert figures["matrix_rate_fp32"] > 0 and figures["hybrid_over_T_fp32_64"] > 0
+    assert figures["bf16_loss_gap"] < 0.05
+
+
+def test_block_patterns():
+    sizes = ["--width", "64", "--patterns", "MT,TM", "--vocabulary", "512", "--rows", "1", "--seeds", "0"]
+    steps = ["--copy_steps", "1", "--lookup_steps", "4", "--text_steps", "2", "--num_documents", "200"]
+    figures = figures_of("block_patterns", *sizes, *steps)
+    assert set(figures) == {"accuracy_MT", "accuracy_TM", "loss_MT", "loss_TM", "best_pattern"}
+    assert 0 <= figures["accuracy_MT"] < 0.2 and 4 < figures["loss_MT"] < 8
+
+
+def test_gpu_runs_its_self_test_on_a_cpu():
+    figures = figures_of("gpu", "--rounds", "1")
+    assert figures["scan_error_torch"] < 1e-3 and figures["d2_bf16_tokens_per_s"] > 0

@@ -72,15 +72,17 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, se
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(y * silu(z)) * weight: the gate before the norm, as in Mamba-2 (norm_before_gate=False)."""
+    """RMSNorm(y * silu(z)) * weight: the gate before the norm, as in Mamba-2 (norm_before_gate=False), and each group
+    of heads normed by itself, as in mamba-ssm."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, n_groups: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.n_groups, self.eps = n_groups, eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return F.rms_norm(y * F.silu(z), (y.shape[-1],), self.weight.to(y.dtype), self.eps)
+        gated = (y * F.silu(z)).unflatten(-1, (self.n_groups, -1))
+        return F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(y.dtype)
 
 
 class Mamba2(nn.Module):
@@ -95,7 +97,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.n_head))
         self.A_log = nn.Parameter(torch.empty(self.n_head))
         self.D = nn.Parameter(torch.ones(self.n_head))
-        self.norm = GatedRMSNorm(self.d_inner, eps)
+        self.norm = GatedRMSNorm(self.d_inner, n_groups, eps)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     @torch.no_grad()
@@ -124,24 +126,27 @@ class Mamba2(nn.Module):
         if cache is not None:
             cache.conv = self._last_inputs(xBC, past, valid)
         xBC = F.silu(causal_conv(xBC, self.conv_weight, self.conv_bias, past, seq_idx))
-        # the scan runs in fp32 (or float64) whatever the rest runs in: its state is a long product of decays
+        # decays and states are in fp32 (or float64) whatever the rest runs in: a state is a long product of decays
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        xs, Bm, Cm = xBC.to(exact).split([self.d_inner, GN, GN], dim=-1)
+        one_step = cache is not None and L == 1 and cache.ssm is not None
+        if one_step:
+            xBC = xBC.to(exact)
+        xs, Bm, Cm = xBC.split([self.d_inner, GN, GN], dim=-1)
         xs = xs.reshape(B, L, self.n_head, self.head_dim)
         Bm, Cm = Bm.reshape(B, L, self.n_groups, -1), Cm.reshape(B, L, self.n_groups, -1)
         dt = F.softplus(dt.to(exact) + self.dt_bias.to(exact))
         A = -self.A_log.to(exact).exp()
         if valid is not None:
             dt = dt * (torch.arange(L, device=x.device) < valid.unsqueeze(-1)).unsqueeze(-1)
-        if cache is not None and L == 1 and cache.ssm is not None:
+        if one_step:
             y, cache.ssm = ssd_step(cache.ssm, xs[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0])
             y = y.unsqueeze(1)
         else:
             y, state = ssd_scan(xs, dt, A, Bm, Cm, cache.ssm if cache is not None else None, seq_idx)
             if cache is not None:
                 cache.ssm = state
-        y = torch.addcmul(y, xs, self.D.to(exact).unsqueeze(-1)).reshape(B, L, self.d_inner)
-        return self.out_proj(self.norm(y.to(x.dtype), z))
+        y = torch.addcmul(y, xs, self.D.to(y.dtype).unsqueeze(-1)).reshape(B, L, self.d_inner)
+        return self.out_proj(self.norm(y.to(z.dtype), z))
 
     def _last_inputs(self, xBC: Tensor, past: Tensor | None, valid: Tensor | None) -> Tensor:
         """The convolution's last W - 1 real inputs of each row."""

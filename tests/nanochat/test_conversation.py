@@ -374,7 +374,7 @@ def test_each_document_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
     encode = TOKENIZER.encode
     monkeypatch.setattr(TOKENIZER, "encode", lambda text: encoded.append(text) or encode(text))
-    documents = [document(str(i), f"content {i}") for i in range(50)]
+    documents = [document(f"{i}x", f"content {i}") for i in range(50)]
     render(talk(retrieval(*documents), user("q"), assistant("a")), TOKENIZER, max_tokens=100)
     assert len(encoded) == len(set(encoded)) == 152
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanochat.model import ssd
 from nanochat.model.ssd import ssd_scan, ssd_step
 
 
@@ -101,3 +102,54 @@ def test_strong_decay_neither_overflows_nor_makes_nan():
     y, h = ssd_scan(x, dt, torch.tensor([-16.0, -1.0]), torch.randn(1, 130, 1, 8), torch.randn(1, 130, 1, 8))
     (y.sum() + h.sum()).backward()
     assert y.isfinite().all() and h.isfinite().all() and x.grad.isfinite().all()
+
+
+def steepness(A, dt=0.05, L=130, H=4, G=1):
+    """Errors with these decays: forward, gradients."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, L, H, 5), torch.full((2, L, H), dt) * torch.rand(2, L, H), torch.tensor(A)]
+    given += [torch.randn(2, L, G, 6), torch.randn(2, L, G, 6), torch.randn(2, H, 5, 6)]
+    seq = (torch.rand(2, L) < 0.05).long().cumsum(1)
+    fast = [t.requires_grad_() for t in given]
+    slow = [t.detach().double().requires_grad_() for t in given]
+    (y_f, h_f), (y_s, h_s) = ssd_scan(*fast, seq_idx=seq), sequential(*slow, seq)
+    wy, wh = torch.randn_like(y_s), torch.randn_like(h_s)
+    ((y_f * wy).sum() + (h_f * wh).sum()).backward()
+    ((y_s * wy).sum() + (h_s * wh).sum()).backward()
+    pairs = zip(fast, slow, strict=True)
+    return max(relative(y_f.double(), y_s), relative(h_f.double(), h_s)), max(
+        relative(a.grad, b.grad) for a, b in pairs
+    )
+
+
+def test_heads_that_forget_too_steeply_for_factors_are_taken_apart(monkeypatch):
+    called = []
+    for name in ("_FactoredSSD", "_PairwiseSSD"):
+        scan = getattr(ssd, name)
+        monkeypatch.setattr(
+            scan, "apply", lambda x, *rest, n=name, f=scan.apply: called.append((n, x.shape[2])) or f(x, *rest)
+        )
+    mild, steep, at_the_edge = -2.0, -400.0, -60.0  # 64 steps of .025 on average: -3, -640, -96
+    for A, expected in [
+        ([mild] * 4, [("_FactoredSSD", 4)]),
+        ([mild, steep, mild, at_the_edge], [("_FactoredSSD", 3), ("_PairwiseSSD", 1)]),
+        ([steep] * 4, [("_PairwiseSSD", 4)]),
+    ]:
+        called.clear()
+        forward, gradients = steepness(A)
+        assert called == expected
+        assert forward < 1e-4 and gradients < 5e-4, (A, forward, gradients)
+    called.clear()
+    assert max(steepness([mild, steep, mild, mild], G=2)) < 5e-4
+    assert called == [("_PairwiseSSD", 4)]
+
+
+@pytest.mark.parametrize("with_seq", [False, True])
+def test_bf16_inputs_lose_no_more_than_their_rounding(with_seq):
+    (x, dt, A, Bm, Cm, h0), seq = inputs(300, torch.float32, with_seq, True, P=32, N=32, G=1)
+    dt = dt.detach() / 10  # the factored form
+    low = [t.detach().bfloat16() for t in (x, Bm, Cm)]
+    y, h = ssd_scan(low[0], dt, A, low[1], low[2], h0, seq)
+    expected_y, expected_h = ssd_scan(low[0].float(), dt, A, low[1].float(), low[2].float(), h0, seq)
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    assert relative(y.float(), expected_y) < 0.02 and relative(h, expected_h) < 0.02
