@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.model.cache import KeyValues
+from nanochat.model.linear import Linear
 from nanochat.model.packed import Packing, causal_attention, packed_attention
 
 
@@ -31,10 +32,10 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, n_head: int, n_kv_head: int, head_dim: int):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim
-        self.q_proj = nn.Linear(d_model, n_head * head_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, n_kv_head * head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, n_kv_head * head_dim, bias=False)
-        self.o_proj = nn.Linear(n_head * head_dim, d_model, bias=False)
+        self.q_proj = Linear(d_model, n_head * head_dim)
+        self.k_proj = Linear(d_model, n_kv_head * head_dim)
+        self.v_proj = Linear(d_model, n_kv_head * head_dim)
+        self.o_proj = Linear(n_head * head_dim, d_model)
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.model.attention import Attention, rotary_tables
 from nanochat.model.cache import Cache
+from nanochat.model.linear import Linear
 from nanochat.model.mamba import Mamba2
 from nanochat.model.packed import Packing
 
@@ -114,9 +115,9 @@ class MLP(nn.Module):
 
     def __init__(self, d_model: int, width: int, kind: str):
         super().__init__()
-        self.up_proj = nn.Linear(d_model, width, bias=False)
-        self.gate_proj = nn.Linear(d_model, width, bias=False) if kind == "swiglu" else None
-        self.down_proj = nn.Linear(width, d_model, bias=False)
+        self.up_proj = Linear(d_model, width)
+        self.gate_proj = Linear(d_model, width) if kind == "swiglu" else None
+        self.down_proj = Linear(width, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
@@ -151,7 +152,7 @@ class HybridLM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.block_pattern)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         self.init_weights()

@@ -10,7 +10,7 @@ cum_i the sum of a up to step i of the chunk, the decay from step j to step i is
 
 Written as exp(cum_i - r) exp(r - cum_j) it leaves the Q x Q matrix: inputs are scaled by one factor, outputs by the
 other, and what is left of the matrix, C B^T, is the same for all heads of a group, which become columns of one large
-product. r is half of the chunk's decay, so that neither factor overflows (`_FactoredSSD`). A head that forgets too
+product. r is half of the chunk's decay, so that neither factor overflows (`FactoredSSD`). A head that forgets too
 steeply for that gets its matrix of decays (`_PairwiseSSD`).
 
 Both backward passes are written by hand: they recompute what is Q x Q instead of storing it, and get the decay's
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nanochat.model.kernels import kernel_scan, ssm_kernel
+from nanochat.model.ssd_factored import FactoredSSD
 
 CHUNK = 64
 
@@ -141,126 +142,14 @@ class _PairwiseSSD(torch.autograd.Function):
         return dx.reshape(B, L, H, P), ddt.reshape(B, L, H), dA, back(dB), back(dC), dstates[:, 0], None, None
 
 
-class _FactoredSSD(torch.autograd.Function):
-    """x (B, L, H, P), Bm and Cm (B, L, G, N) in one float type, dt (B, L, H), A (H,) and h0 (B, H, P, N) in one that
-    may be wider. No chunk may decay by more than STEEPEST."""
-
-    @staticmethod
-    def _factors(dt: Tensor, A: Tensor, Q: int) -> tuple[Tensor, ...]:
-        """dt by chunks (B, c, Q, H); grow and shrink (B, c, Q, H), of inputs and outputs; half and through (B, c, H):
-        the state before the chunk has decayed by half where both are 1, and by through at the end."""
-        dtc = _chunks(dt, Q)
-        cum = (dtc * A).cumsum(dim=2)
-        last = cum[:, :, -1]
-        middle = last.unsqueeze(2) / 2
-        return dtc, (middle - cum).exp(), (cum - middle).exp(), (last / 2).exp(), last.exp()
-
-    @staticmethod
-    def _masks(seq: Tensor | None, Q: int, device: torch.device) -> tuple[Tensor, ...]:
-        """pairs (B, c, 1, Q, Q): in order, and of one document; before and end (B, c, 1, Q, 1): of the document of the
-        state before the chunk and after it; passes (B, c, 1): the two are one. Without documents the last three are
-        None."""
-        pairs = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
-        if seq is None:
-            return pairs, None, None, None
-        seq = _chunks(seq, Q)
-        end = seq[:, :, -1:]
-        before = torch.cat([seq[:, :1, :1], end[:, :-1]], dim=1)
-        pairs = ((seq.unsqueeze(-1) == seq.unsqueeze(-2)) & pairs).unsqueeze(2)
-        of_before, of_end = ((seq == which)[:, :, None, :, None] for which in (before, end))
-        return pairs, of_before, of_end, end == before
-
-    @staticmethod
-    def forward(ctx, x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor, seq: Tensor | None, Q: int):
-        B, L, H, P = x.shape
-        G, N = Bm.shape[2:]
-        c = L // Q
-        dtc, grow, shrink, half, through = _FactoredSSD._factors(dt, A, Q)
-        pairs, of_before, of_end, passes = _FactoredSSD._masks(seq, Q, x.device)
-        Bg, Cg = (_chunks(t, Q).transpose(2, 3).contiguous() for t in (Bm, Cm))  # B c G Q N
-        C_before, B_end, through = _only(Cg, of_before), _only(Bg, of_end), _only(through, passes)
-        u = _grouped(_chunks(x, Q) * (dtc * grow).unsqueeze(-1).to(x.dtype), G)  # B c G Q KP
-        T = (Cg @ Bg.transpose(-1, -2)).mul_(pairs)  # B c G Q Q
-        added = (u.transpose(-1, -2) @ B_end).view(B, c, H, P, N)
-        states = h0.new_empty(B, c + 1, H, P, N)  # before each chunk, and at the end
-        states[:, 0] = h0
-        for k in range(c):
-            torch.mul(states[:, k], through[:, k, :, None, None], out=states[:, k + 1])
-            states[:, k + 1].addcmul_(added[:, k], half[:, k, :, None, None])
-        halved = (states[:, :-1] * half[..., None, None]).to(x.dtype).view(B, c, G, -1, N)
-        y = T @ u
-        y += C_before @ halved.transpose(-1, -2)
-        y = _ungrouped(y, H) * shrink.unsqueeze(-1).to(x.dtype)  # B c Q H P
-        ctx.save_for_backward(x, dt, A, Bm, Cm, seq, states, y)
-        ctx.Q = Q
-        return y.reshape(B, L, H, P), states[:, -1].clone()
-
-    @staticmethod
-    def backward(ctx, dy: Tensor, dh: Tensor):
-        x, dt, A, Bm, Cm, seq, states, y = ctx.saved_tensors
-        Q = ctx.Q
-        B, L, H, P = x.shape
-        G, N = Bm.shape[2:]
-        c = L // Q
-        dtc, grow, shrink, half, through = _FactoredSSD._factors(dt, A, Q)
-        pairs, of_before, of_end, passes = _FactoredSSD._masks(seq, Q, x.device)
-        Bg, Cg = (_chunks(t, Q).transpose(2, 3).contiguous() for t in (Bm, Cm))  # B c G Q N
-        C_before, B_end, through = _only(Cg, of_before), _only(Bg, of_end), _only(through, passes)
-        xc, dyc, low = _chunks(x, Q), _chunks(dy, Q), x.dtype
-        u = _grouped(xc * (dtc * grow).unsqueeze(-1).to(low), G)
-        dz = _grouped(dyc * shrink.unsqueeze(-1).to(low), G)
-        T = (Cg @ Bg.transpose(-1, -2)).mul_(pairs)
-
-        # gradient of the state after each chunk, from the last to the first
-        from_y = (dz.transpose(-1, -2) @ C_before).view(B, c, H, P, N)
-        dstates = torch.empty_like(states)
-        dstates[:, c] = dh
-        for k in reversed(range(c)):
-            torch.mul(dstates[:, k + 1], through[:, k, :, None, None], out=dstates[:, k])
-            dstates[:, k].addcmul_(from_y[:, k], half[:, k, :, None, None])
-        after, dafter = states[:, 1:], dstates[:, 1:]
-        halved, dhalved = ((t * half[..., None, None]).to(low).view(B, c, G, -1, N) for t in (states[:, :-1], dafter))
-
-        du = T.transpose(-1, -2) @ dz
-        du += B_end @ dhalved.transpose(-1, -2)
-        # the product itself sums over the heads of a group; for pairs out of order it may overflow
-        dT = (dz @ u.transpose(-1, -2)).masked_fill_(~pairs, 0)
-        dC, dB = dT @ Bg, dT.transpose(-1, -2) @ Cg
-        dC += _only(dz @ halved, of_before)
-        dB += _only(u @ dhalved, of_end)
-
-        # Every use of cum_i is a factor exp(cum_i) in what step i reads, exp(-cum_j) in what step j writes, and
-        # exp(cum_Q) in what leaves the chunk, so its gradient is <dy_i, y_i> - <du_i, u_i>, plus <dh, h> at the end.
-        du = _ungrouped(du, H)
-        along = (du * xc).sum(-1, dtype=dt.dtype) * grow  # B c Q H
-        dcum = (dyc * y).sum(-1, dtype=dt.dtype) - along * dtc
-        dcum[:, :, -1] += (dafter * after).sum((-1, -2))
-        da = dcum.flip(2).cumsum(2).flip(2)
-        ddt = da * A + along
-        dA = (da * dtc).sum((0, 1, 2))
-        dx = du * (dtc * grow).unsqueeze(-1).to(low)
-        back = lambda t: t.transpose(2, 3).reshape(B, L, G, N)  # noqa: E731
-        return dx.reshape(B, L, H, P), ddt.reshape(B, L, H), dA, back(dB), back(dC), dstates[:, 0], None, None
-
-
-def _only(t: Tensor, mask: Tensor | None) -> Tensor:
-    return t if mask is None else t * mask
-
-
-def _grouped(t: Tensor, G: int) -> Tensor:
-    """(B, c, Q, H, P) -> (B, c, G, Q, KP): the heads of a group side by side."""
-    B, c, Q, H, P = t.shape
-    return t.reshape(B, c, Q, G, H // G * P).transpose(2, 3)
-
-
-def _ungrouped(t: Tensor, H: int) -> Tensor:
-    """(B, c, G, Q, KP) -> (B, c, Q, H, P)"""
-    B, c, G, Q, KP = t.shape
-    return t.transpose(2, 3).reshape(B, c, Q, H, G * KP // H)
-
-
 # In a chunk, the largest -sum(a) for the factored form: exp of half of it, times what it scales, must stay finite.
 STEEPEST = {torch.float32: 120.0, torch.bfloat16: 120.0, torch.float64: 1000.0}
+
+
+@torch.no_grad()
+def steep_heads(dt: Tensor, A: Tensor, Q: int, dtype: torch.dtype) -> Tensor:
+    """dt (B, L, H), A (H,) -> (H,) bool: heads with a chunk that decays too much for the factored form in that type."""
+    return -(_chunks(dt, Q).sum(2) * A).amin((0, 1)) > STEEPEST[dtype]
 
 
 def ssd_scan(
@@ -271,19 +160,23 @@ def ssd_scan(
     Cm: Tensor,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    D: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """The scan over a whole sequence.
 
     x (B, L, H, P); dt (B, L, H), already positive; A (H,), negative; Bm, Cm (B, L, G, N) with G dividing H;
     initial_state (B, H, P, N) or None for zeros; seq_idx (B, L) integers that change where a new document starts
-    (the initial state belongs to the first position's document). Any length; x, Bm and Cm of one float type, dt, A and
-    the state of the same or a wider one.
+    (the initial state belongs to the first position's document); D (H,) or None: D x is added to y. Any length; x, Bm
+    and Cm of one float type, dt, A, D and the state of the same or a wider one.
     Returns y (B, L, H, P) and the state after the last step (B, H, P, N). A step with dt = 0 leaves the state as it is.
     """
     B, L, H, P = x.shape
+    if D is None:
+        D = A.new_zeros(H)
     if (kernel := ssm_kernel(x.device)) != "torch":
-        return kernel_scan(kernel, x, dt, A, Bm, Cm, initial_state, seq_idx)
+        y, state = kernel_scan(kernel, x, dt, A, Bm, Cm, initial_state, seq_idx)
+        return torch.addcmul(y, x, D.to(x.dtype).unsqueeze(-1)), state
     if initial_state is None:
         initial_state = dt.new_zeros(B, H, P, Bm.shape[-1])
     Q = min(chunk, L)
@@ -293,28 +186,28 @@ def ssd_scan(
         x, dt, Bm, Cm = grow(x), grow(dt), grow(Bm), grow(Cm)
         if seq_idx is not None:
             seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(B, pad)], dim=1)
-    with torch.no_grad():
-        steep = -(_chunks(dt, Q).sum(2) * A).amin((0, 1)) > STEEPEST[x.dtype]
-        number = int(steep.sum())
+    steep = steep_heads(dt, A, Q, x.dtype)
+    number = int(steep.sum())
     with torch.autocast(x.device.type, enabled=False):  # products run in the types they are given
         if number == 0:
-            y, state = _FactoredSSD.apply(x, dt, A, Bm, Cm, initial_state, seq_idx, Q)
+            y, state = FactoredSSD.apply(x, dt, A, Bm, Cm, initial_state, D, seq_idx, Q)
         elif number == H or Bm.shape[2] > 1:
-            y, state = _pairwise(x, dt, A, Bm, Cm, initial_state, seq_idx, Q)
+            y, state = _pairwise(x, dt, A, Bm, Cm, initial_state, D, seq_idx, Q)
         else:
             order = steep.int().argsort(stable=True)
             parts = []
-            for scan, heads in ((_FactoredSSD.apply, order[: H - number]), (_pairwise, order[H - number :])):
-                h0 = initial_state[:, heads]
-                parts.append(scan(x[:, :, heads], dt[:, :, heads], A[heads], Bm, Cm, h0, seq_idx, Q))
+            for scan, heads in ((FactoredSSD.apply, order[: H - number]), (_pairwise, order[H - number :])):
+                per_head = initial_state[:, heads], D[heads]
+                parts.append(scan(x[:, :, heads], dt[:, :, heads], A[heads], Bm, Cm, *per_head, seq_idx, Q))
             back = order.argsort()
             y, state = torch.cat([p[0] for p in parts], 2)[:, :, back], torch.cat([p[1] for p in parts], 1)[:, back]
     return y[:, :L], state
 
 
-def _pairwise(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor, seq: Tensor | None, Q: int):
-    y, state = _PairwiseSSD.apply(x.to(dt.dtype), dt, A, Bm.to(dt.dtype), Cm.to(dt.dtype), h0, seq, Q)
-    return y.to(x.dtype), state
+def _pairwise(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor, D: Tensor, seq, Q: int):
+    wide = x.to(dt.dtype)
+    y, state = _PairwiseSSD.apply(wide, dt, A, Bm.to(dt.dtype), Cm.to(dt.dtype), h0, seq, Q)
+    return torch.addcmul(y, wide, D.unsqueeze(-1)).to(x.dtype), state
 
 
 def ssd_step(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor) -> tuple[Tensor, Tensor]:
