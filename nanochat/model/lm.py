@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.model.attention import Attention, rotary_tables
 from nanochat.model.cache import Cache
 from nanochat.model.linear import Linear
+from nanochat.model.loss import sum_of_losses
 from nanochat.model.mamba import Mamba2
 from nanochat.model.packed import Packing
 
@@ -245,11 +246,12 @@ class HybridLM(nn.Module):
         if targets is not None:
             learned = (targets != IGNORE).flatten()
             h = self.norm(x.flatten(0, 1)[learned])
-            losses = F.cross_entropy(self.lm_head(h).float(), targets.flatten()[learned], reduction="none")
+            answers = targets.flatten()[learned]
             if reduction == "none":
-                return losses
+                return F.cross_entropy(self.lm_head(h).float(), answers, reduction="none")
+            total = sum_of_losses(h, self.lm_head.weight, answers)
             # a batch without a learned token has loss 0, not nan
-            return losses.sum() if reduction == "sum" else losses.sum() / max(1, losses.numel())
+            return total if reduction == "sum" else total / max(1, len(answers))
         if last_only:
             x = x[:, -1] if valid is None else x[torch.arange(B, device=x.device), valid - 1]
         return self.lm_head(self.norm(x)).float()

@@ -147,7 +147,7 @@ def scan_backward(
     if dh is not None:
         ends[:, c] = (dh * last_state).sum((-1, -2))
     skip = D.to(x.dtype).view(G, 1, -1, 1)
-    inner = lambda a, b: (a * b).sum(-1, dtype=dt.dtype)  # noqa: E731
+    inner = lambda a, b: (a * b).sum(-1)  # noqa: E731
     for tile, g in zip(_tiles(scan, x, Bm, Cm, backwards=True), reversed(gs), strict=True):
         tile_dy = tile.by_group(dy)
         dz = (tile_dy * tile.shrink).flatten(-2).contiguous()  # of outputs before they shrink

@@ -96,8 +96,8 @@ def conv_silu_backward(
             dx[tile] = spread[window.places[: tile.stop - tile.start] - first]
         dsums = dsums[first : first + size]
         for k in range(W):
-            dweight[k] += (dsums * window.x[first + k : first + k + size]).sum(0, dtype=_wide(x))
-        dbias += dsums.sum(0, dtype=_wide(x))
+            dweight[k] += (dsums * window.x[first + k : first + k + size]).sum(0)
+        dbias += dsums.sum(0)
     return dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
@@ -141,7 +141,7 @@ def gated_norm_backward(
         gated = by_group(y[tile] * gate)
         scale = _inverse_rms(gated, eps)
         normed = gated.mul_(scale)
-        dweight += (dout[tile] * normed.flatten(1)).sum(0, dtype=_wide(y))
+        dweight += (dout[tile] * normed.flatten(1)).sum(0)
         given = by_group(dout[tile] * weight)
         along = (given * normed).mean(-1, keepdim=True)
         dgated = given.addcmul_(normed, along, value=-1).mul_(scale).flatten(1)
