@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEWEST = 256  # rows; below, setting up the product takes longer than it saves
+FEW = 32
 
 
 def _available() -> bool:
@@ -29,8 +30,11 @@ ONEDNN = _available()
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (T, K), weight (M, K) -> (T, M), as fast as it goes. Without gradients, outside of autocast."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and len(x) >= FEWEST:
-        return _onednn(x, weight)
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        if ONEDNN and len(x) >= FEWEST:
+            return _onednn(x, weight)
+        if 1 < len(x) <= FEW:  # rows that are decoded together: MKL is a quarter faster the other way round
+            return (weight @ x.t()).t().contiguous()
     return x @ weight.t()
 
 
@@ -54,10 +58,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-        ):
-            return _Product.apply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight)
+        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if plain or self.weight.dtype != torch.float32:
+            return F.linear(x, self.weight)
+        multiply = _Product.apply if torch.is_grad_enabled() else product
+        return multiply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nanochat.model import packed
+from nanochat.model.attention import cached_attention
 from nanochat.model.packed import Packing, causal_attention, packed_attention
 
 
@@ -73,3 +75,13 @@ def test_packing_groups_by_length_with_little_padding():
     assert sum(S for S, _ in packing.groups) == 60
     assert len(packing.places.unique()) == seq_idx.numel() and packing.places.max() < slots
     assert slots < 1.34 * seq_idx.numel() and len(packing.groups) < 20
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_one_query_against_a_cache_is_like_fused_attention(heads):
+    torch.manual_seed(0)
+    H, kv = heads
+    q, k, v = torch.randn(3, H, 1, 8), torch.randn(3, kv, 20, 8), torch.randn(3, kv, 20, 8)
+    visible = torch.arange(20) < torch.tensor([[[20]], [[1]], [[13]]])  # rows of other lengths
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.unsqueeze(1), enable_gqa=True)
+    assert torch.allclose(cached_attention(q, k, v, visible), expected, atol=1e-6)
