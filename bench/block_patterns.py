@@ -1,11 +1,12 @@
 """Where to put the attention: block patterns at equal parameters and tokens, on lookup among documents and on text.
 
-    python -m bench.block_patterns --json          # about an hour on two cores; --seeds 0 a third of it
+    python -m bench.block_patterns --json          # an hour on one core; --seeds 0 a third of it
 
-Lookup is the exercise of numbered records (nanochat/warmup.py) over 1, 2, 3 and then 5 documents, after copying; its
-figure is the share of answers (number and value) right, teacher-forced, on examples with 5 documents. Text is the
-invented world's, trained on from scratch; its figure is the loss per token on held-out documents. Every pattern gets an
-MLP of the width that makes its parameters equal to the first one's, the same steps and the same data.
+Lookup: documents are names of several tokens, some of them shared, each with a value of two tokens; then every name is
+asked for again, in another order. Trained on copying and far copying (nanochat/warmup.py); its figure is the share of
+values right, teacher-forced, among 1 to 12 documents. Text is the invented world's, trained on from scratch; its figure
+is the loss per token on held-out documents. Every pattern gets an MLP of the width that makes its parameters equal to
+the first one's, the same steps and the same data.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from nanochat.optim import Optimizers
 from nanochat.packing import Batch, PackedBatches, TokenData
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import autocast, resolve_dtype
-from nanochat.warmup import Marks, WarmupBatches, copy_example, record_example
+from nanochat.warmup import Example, WarmupBatches, copy_example, far_copy_example, names
 from tasks.example_world import generate_world
 
-STAGES = (1, 2, 3, 5)  # documents
+DOCUMENTS = (1, 2, 4, 8, 12)
 CPU = torch.device("cpu")
 
 
@@ -44,13 +45,13 @@ class Config:
     """Model width."""
     vocabulary: int = 1024
     """Tokens of the tokenizer, trained on the world's documents."""
-    rows: int = 8
+    rows: int = 4
     """Rows of 512 tokens in a step."""
     copy_steps: int = 200
     """Steps of copying before lookup."""
-    lookup_steps: int = 600
-    """Steps of lookup, shared equally by 1, 2, 3 and 5 documents."""
-    text_steps: int = 300
+    lookup_steps: int = 500
+    """Steps of lookup."""
+    text_steps: int = 200
     """Steps on text, with new weights."""
     num_documents: int = 4000
     """Documents of the world."""
@@ -90,39 +91,44 @@ def train_on(model: HybridLM, get: Callable[[int], Batch], steps: int, optimizer
         optimizers.zero_grad()
 
 
-def lookup_accuracy(model: HybridLM, example: Callable, vocabulary: int, examples: int = 60) -> float:
-    """Share of answers with every token right, given those before it; of answers that name their document."""
-    rng = np.random.default_rng(10_000)
+def lookup_example(rng: np.random.Generator, vocabulary: int, documents: int) -> Example:
+    """Names and their values, then all of them again in another order; the values are learned."""
+    letters = rng.integers(0, vocabulary, int(rng.choice([12, 24, 48])))
+    held = [(name, rng.choice(letters, 2).tolist()) for name in names(rng, documents, letters)]
+    ids = [token for name, value in held for token in name + value]
+    mask = [False] * len(ids)
+    for i in rng.permutation(documents).tolist():
+        name, value = held[i]
+        ids += name + value
+        mask += [False] * len(name) + [True] * len(value)
+    return ids, mask
+
+
+def lookup_accuracy(model: HybridLM, documents: int, vocabulary: int, questions: int = 400) -> float:
+    """Share of values with both tokens right, given those before them."""
+    rng = np.random.default_rng(10_000 + documents)
     right = []
-    for _ in range(examples):
-        ids, learned = example(rng, vocabulary)
+    while len(right) < questions:
+        ids, learned = lookup_example(rng, vocabulary, documents)
         with torch.no_grad(), autocast(CPU, resolve_dtype("auto", CPU)):
             predicted = model(torch.tensor([ids[:-1]])).argmax(-1)[0].tolist()
-        at = 1
-        while at < len(ids):
-            end = at
-            while end < len(ids) and learned[end]:
-                end += 1
-            if end > at + 2:  # number, bracket, value: not a value alone
-                right.append(predicted[at - 1 : end - 1] == ids[at:end])
-            at = end + 1
+        firsts = [i for i in range(1, len(ids)) if learned[i] and not learned[i - 1]]
+        right += [predicted[i - 1 : i + 1] == ids[i : i + 2] for i in firsts]
     return sum(right) / len(right)
 
 
-def one_run(pattern: str, config: Config, parameters: int | None, world: dict, seed: int) -> tuple[float, float, int]:
-    """Accuracy in lookup, loss on text, parameters."""
-    tokenizer = world["tokenizer"]
-    drawn, marks = len(tokenizer.token_bytes), Marks.of(tokenizer)
+def one_run(
+    pattern: str, config: Config, parameters: int | None, world: dict, seed: int
+) -> tuple[list[float], float, int]:
+    """Accuracies in lookup among each number of DOCUMENTS, loss on text, parameters."""
+    drawn = len(world["tokenizer"].token_bytes)
     torch.manual_seed(seed)
     model = HybridLM(shape_of(pattern, config, parameters))
     optimizers = Optimizers(model)
-    train_on(model, WarmupBatches(copy_example, drawn, 512, config.rows, seed).get, config.copy_steps, optimizers, 0)
-    each = config.lookup_steps // len(STAGES)
-    for documents in STAGES:
-        example = partial(record_example, marks=marks, documents=documents)
+    for example, steps, cooling in ((copy_example, config.copy_steps, 0), (far_copy_example, config.lookup_steps, 0.5)):
         batches = WarmupBatches(example, drawn, 512, config.rows, seed)
-        train_on(model, batches.get, each, optimizers, 0.5 if documents == STAGES[-1] else 0)
-    accuracy = lookup_accuracy(model, partial(record_example, marks=marks, documents=STAGES[-1]), drawn)
+        train_on(model, batches.get, steps, optimizers, cooling)
+    accuracies = [lookup_accuracy(model, documents, drawn) for documents in DOCUMENTS]
 
     torch.manual_seed(seed)
     model = HybridLM(model.config)
@@ -134,7 +140,7 @@ def one_run(pattern: str, config: Config, parameters: int | None, world: dict, s
         with torch.no_grad(), autocast(CPU, resolve_dtype("auto", CPU)):
             total += model(batch.tokens, batch.targets, seq_idx=batch.seq_idx, reduction="sum").item()
         count += (batch.targets != IGNORE).sum().item()
-    return accuracy, total / count, model.num_parameters()
+    return accuracies, total / count, model.num_parameters()
 
 
 def make_world(config: Config) -> dict:
@@ -159,23 +165,26 @@ def main() -> None:
     patterns = [parse_block_pattern(p) for p in config.patterns]
     world = make_world(config)
     parameters = HybridLM(shape_of(patterns[0], config, None)).num_parameters()
-    results: dict[str, list[tuple[float, float, int]]] = {p: [] for p in patterns}
+    results: dict[str, list[tuple[list[float], float, int]]] = {p: [] for p in patterns}
     for seed in config.seeds:
         for pattern in patterns:
-            results[pattern].append(one_run(pattern, config, parameters, world, seed))
-            print(f"seed {seed}, {pattern}: accuracy {results[pattern][-1][0]:.3f}, loss {results[pattern][-1][1]:.3f}")
+            accuracies, loss, _ = result = one_run(pattern, config, parameters, world, seed)
+            results[pattern].append(result)
+            print(f"seed {seed}, {pattern}: accuracy {[round(a, 3) for a in accuracies]}, loss {loss:.3f}", flush=True)
     rows, figures, means = [], {}, {}
     for pattern, runs in results.items():
-        accuracies, losses = [r[0] for r in runs], [r[1] for r in runs]
-        means[pattern] = (statistics.mean(accuracies), -statistics.mean(losses))
-        spread = f"{min(accuracies):.3f} to {max(accuracies):.3f}", f"{min(losses):.3f} to {max(losses):.3f}"
-        rows.append([pattern, runs[0][2] / 1e6, means[pattern][0], spread[0], -means[pattern][1], spread[1]])
-        figures |= {f"accuracy_{pattern}": means[pattern][0], f"loss_{pattern}": -means[pattern][1]}
-    columns = ["pattern", "M parameters", "lookup accuracy, 5 documents", "range", "loss on text", "range"]
-    print("\n" + table(columns, rows))
-    print(f"\nbest at lookup: {max(means, key=means.__getitem__)}")
-    figures["best_pattern"] = patterns.index(max(means, key=means.__getitem__))
-    print_figures(figures, config.json)
+        by_number = [statistics.mean(accuracies) for accuracies in zip(*(r[0] for r in runs), strict=True)]
+        each = [statistics.mean(r[0]) for r in runs]
+        losses = [r[1] for r in runs]
+        means[pattern] = statistics.mean(each)
+        spread = f"{min(each):.3f} to {max(each):.3f}", f"{min(losses):.3f} to {max(losses):.3f}"
+        rows.append([pattern, runs[0][2] / 1e6, *by_number, spread[0], statistics.mean(losses), spread[1]])
+        figures |= {f"accuracy_{pattern}": means[pattern], f"loss_{pattern}": statistics.mean(losses)}
+    columns = ["pattern", "M parameters", *(f"{n} documents" for n in DOCUMENTS), "range of the mean", "loss on text"]
+    print("\n" + table([*columns, "range"], rows))
+    best = max(means, key=means.__getitem__)
+    print(f"\nbest at lookup: {best}")
+    print_figures(figures | {"best_pattern": patterns.index(best)}, config.json)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ from nanochat.model import kernels
 
 PARITY = """
 import torch
+from triton.runtime.autotuner import Autotuner
+Autotuner._bench = lambda self, *args, **kw: [0.0, 0.0, 0.0]  # nothing to time here: take the first configuration
+import builtins
+import fla.ops.common.chunk_h as interpreted
+import triton.language as tl
+def tensors(*bounds):  # the interpreter's loops count in Python's integers, which have no .to(), as in these kernels
+    return (tl.full((), i, tl.int32) for i in builtins.range(*(int(b) for b in bounds)))
+interpreted.range = tensors
 from nanochat.model import kernels
 from nanochat.model.ssd import ssd_scan
 generator = torch.Generator().manual_seed(0)
