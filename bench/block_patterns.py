@@ -1,6 +1,6 @@
 """Where to put the attention: block patterns at equal parameters and tokens, on lookup among documents and on text.
 
-    python -m bench.block_patterns --json          # an hour on one core; --seeds 0 a third of it
+    python -m bench.block_patterns --json          # 50 minutes on one core; --seeds 0 a third of it
 
 Lookup: documents are names of several tokens, some of them shared, each with a value of two tokens; then every name is
 asked for again, in another order. Trained on copying and far copying (nanochat/warmup.py); its figure is the share of
@@ -49,9 +49,9 @@ class Config:
     """Rows of 512 tokens in a step."""
     copy_steps: int = 200
     """Steps of copying before lookup."""
-    lookup_steps: int = 500
+    lookup_steps: int = 400
     """Steps of lookup."""
-    text_steps: int = 200
+    text_steps: int = 150
     """Steps on text, with new weights."""
     num_documents: int = 4000
     """Documents of the world."""

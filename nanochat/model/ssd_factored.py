@@ -113,11 +113,9 @@ def scan_forward(
     skip = D.to(x.dtype).view(G, 1, -1, 1)
     for tile in _tiles(scan, x, Bm, Cm):
         added = tile.by_head(tile.B_end.transpose(-1, -2) @ tile.u)  # b J G N K P
-        h, g = state[tile.rows], x.new_empty(*added.shape[:4], H // G * P)
+        hs = _recur(state[tile.rows], added, tile.through, tile.half)
+        g = (hs[:, :-1] * tile.half).to(x.dtype).flatten(-2)
         gs.append(g)
-        for j in range(added.shape[1]):
-            tile.by_head(g[:, j]).copy_(h * tile.half[:, j])
-            h.mul_(tile.through[:, j]).addcmul_(added[:, j], tile.half[:, j])
         read = _sum_of_products(tile.T, tile.u, tile.C_before, g)
         torch.mul(tile.by_head(read), tile.shrink, out=tile.by_group(y)).addcmul_(tile.x, skip)
     return y, _by_head(state), gs
@@ -152,15 +150,10 @@ def scan_backward(
         tile_dy = tile.by_group(dy)
         dz = (tile_dy * tile.shrink).flatten(-2).contiguous()  # of outputs before they shrink
         from_y = tile.by_head(tile.C_before.transpose(-1, -2) @ dz)  # b J G N K P
-        J = from_y.shape[1]
-        dhs = dstate.new_empty(from_y.shape[0], J + 1, *from_y.shape[2:])  # of the states before each chunk, and after
-        dhs[:, J] = dstate[tile.rows]
-        for j in reversed(range(J)):
-            torch.mul(dhs[:, j + 1], tile.through[:, j], out=dhs[:, j]).addcmul_(from_y[:, j], tile.half[:, j])
-        dstate[tile.rows] = dhs[:, 0]
+        dhs = _recur(dstate[tile.rows], from_y, tile.through, tile.half, backwards=True)
         e = (dhs[:, 1:] * tile.half).to(x.dtype).flatten(-2)  # of g + B^T u
         du = tile.by_head(_sum_of_products(tile.T.transpose(-1, -2), dz, tile.B_end, e))  # b J G Q K P
-        tile_ends = (dhs[:, :-1].to(x.dtype) * tile.by_head(g)).sum(3, dtype=dt.dtype).sum(-1)  # <dh, h> exp(r)
+        tile_ends = (dhs[:, :-1].to(x.dtype) * tile.by_head(g)).sum(3).sum(-1, dtype=dt.dtype)  # <dh, h> exp(r)
         ends[tile.rows, tile.chunks] = (tile_ends / tile.half[:, :, :, 0, :, 0]).flatten(2)
 
         # the product itself sums over the heads of a group; for pairs out of order it may overflow
@@ -184,6 +177,22 @@ def scan_backward(
     da = dcum.flip(2).cumsum(2).flip(2)
     ddt = (da * A + along).view(B, L, H)
     return ddt, (da * scan.dt).sum((0, 1, 2)), skipped.sum((0, 1)), _by_head(dstate)
+
+
+def _recur(h: Tensor, added: Tensor, through: Tensor, half: Tensor, backwards: bool = False) -> Tensor:
+    """h (b, G, N, K, P) becomes through_j h + half_j added_j for each chunk j of added (b, J, G, N, K, P). Returns the
+    states before each chunk and after the last one (b, J + 1, G, N, K, P), and leaves the last in h. backwards: from
+    the last chunk to the first; what is returned is in order all the same."""
+    J = added.shape[1]
+    hs = h.new_empty(len(h), J + 1, *h.shape[1:])
+    states, added = hs.unbind(1), added.to(h.dtype).unbind(1)
+    through, half = through.unbind(1), half.unbind(1)
+    states[J if backwards else 0].copy_(h)
+    for j in reversed(range(J)) if backwards else range(J):
+        old, new = (j + 1, j) if backwards else (j, j + 1)
+        torch.mul(states[old], through[j], out=states[new]).addcmul_(added[j], half[j])
+    h.copy_(states[0 if backwards else J])
+    return hs
 
 
 def _sum_of_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
