@@ -45,7 +45,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, H, L, Dh); cos, sin (B or 1, 1, L, Dh/2) in x's type."""
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin, 1)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

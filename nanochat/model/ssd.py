@@ -6,15 +6,9 @@ Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 6. Fo
     y_t = h_t C_t
 
 Within a chunk of Q steps the recurrence is a masked matrix product; between chunks only the state h travels. With
-cum_i the sum of a up to step i of the chunk, the decay from step j to step i is exp(cum_i - cum_j).
-
-Written as exp(cum_i - r) exp(r - cum_j) it leaves the Q x Q matrix: inputs are scaled by one factor, outputs by the
-other, and what is left of the matrix, C B^T, is the same for all heads of a group, which become columns of one large
-product. r is half of the chunk's decay, so that neither factor overflows (`FactoredSSD`). A head that forgets too
-steeply for that gets its matrix of decays (`_PairwiseSSD`).
-
-Both backward passes are written by hand: they recompute what is Q x Q instead of storing it, and get the decay's
-gradient from two inner products instead of from a matrix.
+cum_i the sum of a up to step i of the chunk, the decay from step j to step i is exp(cum_i - cum_j). Written as a product
+of two factors it needs no matrix (`ssd_factored.py`); a head that forgets too steeply for that gets its matrix of decays
+(`_PairwiseSSD`). Both backward passes are written by hand.
 
 Shapes: B batch, L length, H heads, P head width, N state width, G groups of heads that share B and C,
 K = H / G heads in a group, c chunks, Q chunk length.

@@ -141,9 +141,10 @@ def gated_norm_backward(
         gated = by_group(y[tile] * gate)
         scale = _inverse_rms(gated, eps)
         normed = gated.mul_(scale)
-        dweight += (dout[tile] * normed.flatten(1)).sum(0)
+        product = dout[tile] * normed.flatten(1)
+        dweight += product.sum(0)
         given = by_group(dout[tile] * weight)
-        along = (given * normed).mean(-1, keepdim=True)
+        along = torch.einsum("tgc,gc->tg", by_group(product), by_group(weight)).unsqueeze(-1) / given.shape[-1]
         dgated = given.addcmul_(normed, along, value=-1).mul_(scale).flatten(1)
         torch.mul(dgated, gate, out=dy[tile])
         torch.ops.aten.silu_backward.grad_input(dgated.mul_(y[tile]), z[tile], grad_input=dz[tile])

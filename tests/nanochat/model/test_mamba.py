@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.model import tiled
-from nanochat.model.mamba import causal_conv_silu
+from nanochat.model import mamba, tiled
+from nanochat.model.mamba import Mamba2, causal_conv_silu
 
 
 def slow_conv(x, weight, bias, past, seq_idx):
@@ -74,3 +74,25 @@ def test_gated_norm_and_its_gradients(groups, dtype, bar, monkeypatch):
     )
     for a, b in pairs:
         assert a.dtype == dtype and (a.double() - b).norm() <= bar * b.norm()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_operation_between_the_projections_equals_its_parts(groups, packed, monkeypatch):
+    torch.manual_seed(0)
+    mixer = Mamba2(16, d_state=8, expand=2, head_dim=8, n_groups=groups, d_conv=4, eps=1e-5).double()
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.normal_(std=0.5)
+    x = torch.randn(2, 2 * mamba.CHUNK, 16, dtype=torch.float64, requires_grad=True)
+    seq_idx = (torch.rand(x.shape[:2]) < 0.05).long().cumsum(1) if packed else None
+    leaves, probe = [x, *mixer.parameters()], torch.randn_like(x)
+    called, apply = [], mamba._BetweenProjections.apply
+    monkeypatch.setattr(mamba._BetweenProjections, "apply", lambda *args: called.append(1) or apply(*args))
+    joined = mixer(x, seq_idx)
+    one = [joined, *torch.autograd.grad(joined, leaves, probe)]
+    monkeypatch.setattr(mamba, "CHUNK", 1000)  # no length is a multiple of it
+    apart = mixer(x, seq_idx)
+    assert len(called) == 1
+    for a, b in zip(one, [apart, *torch.autograd.grad(apart, leaves, probe)], strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
