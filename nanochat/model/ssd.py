@@ -5,9 +5,9 @@ Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 6. Fo
     h_t = exp(a_t) h_{t-1} + dt_t x_t B_t^T        h: (P, N)
     y_t = h_t C_t
 
-Within a chunk of Q steps the recurrence is a masked matrix product; between chunks only the state h travels. With
-cum_i the sum of a up to step i of the chunk, the decay from step j to step i is exp(cum_i - cum_j). Written as a product
-of two factors it needs no matrix (`ssd_factored.py`); a head that forgets too steeply for that gets its matrix of decays
+Within a chunk of Q steps the recurrence is a masked matrix product; between chunks only the state h travels. With cum_i
+the sum of a up to step i of the chunk, the decay from step j to step i is exp(cum_i - cum_j). As a product of two
+factors it needs no matrix (`ssd_factored.py`); a head that forgets too steeply for that gets its matrix of decays
 (`_PairwiseSSD`). Both backward passes are written by hand.
 
 Shapes: B batch, L length, H heads, P head width, N state width, G groups of heads that share B and C,
