@@ -50,6 +50,8 @@ class Config:
     """CPU threads."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    compile: bool = False
+    """Compile what Mamba blocks do with one token."""
     json: bool = False
     """Print the figures as one JSON object in the last line."""
 
@@ -138,6 +140,9 @@ def main() -> None:
         name: HybridLM(ModelConfig.from_depth(vocabulary, block_pattern=pattern, d_model=config.width)).eval()
         for name, pattern in patterns.items()
     }
+    if config.compile:
+        for model in models.values():
+            model.compile_steps()
     rows, rates, sizes = measure_decoding(models, config)
     names = [f"{name} ({patterns[name]})" for name in models]
     print(f"\ntokens/s, width {config.width}, {config.dtype}; state of one row in MiB\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -31,6 +33,22 @@ def test_decode_equals_forward(pattern):
         parts = [model(tokens[:, :70], cache=cache), model(tokens[:, 70:83], cache=cache)]
         parts += [model(tokens[:, t : t + 1], cache=cache) for t in range(83, 150)]
     assert (torch.cat(parts, 1) - full).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_equal_plain_ones():
+    model = tiny("MT").eval()
+    tokens = torch.randint(0, 97, (2, 40))
+    with torch.inference_mode():
+        full = model(tokens)
+        model.compile_steps()
+        cache = model.new_cache(2)
+        parts = [model(tokens[:, :30], cache=cache)]
+        parts += [model(tokens[:, t : t + 1], cache=cache) for t in range(30, 36)]
+        one = cache.select(torch.tensor([1]))  # another number of rows
+        last = [model(tokens[1:, t : t + 1], cache=one) for t in range(36, 40)]
+    assert (torch.cat(parts, 1) - full[:, :36]).abs().max() < 1e-4
+    assert (torch.cat(last, 1) - full[1:, 36:]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
