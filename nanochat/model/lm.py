@@ -199,9 +199,9 @@ class HybridLM(nn.Module):
         return Cache(self.config.block_pattern, batch_size, self.device)
 
     def compile_steps(self) -> None:
-        """Compile what Mamba blocks do with one decoded token, dozens of small operations: a little under half the time
-        at one row. The first tokens then wait for the compiler (on a CPU, C++), some 10 seconds for each model. Attention
-        blocks stay as they are: their caches change shape with every token."""
+        """Compile what Mamba blocks do with one decoded token, dozens of small operations: little more than half the
+        time at one row. The first tokens wait for the compiler (on a CPU, C++), 10 to 20 seconds. Attention blocks
+        stay as they are: their caches change shape with every token."""
         for block in self.blocks:
             if block.kind == "M":
                 block.step = torch.compile(block.forward)
