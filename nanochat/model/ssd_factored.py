@@ -8,6 +8,8 @@ With u_j = exp(r - cum_j) dt_j x_j, g = exp(r) h for the state h before the chun
 
     y_i = exp(cum_i - r) ([T | C] [u; g])_i        h' = exp(r) (g + B^T u)        (states as N x KP)
 
+so that with the r' of the next chunk g' = exp(r + r') (g + B^T u), and g is what travels.
+
 The backward pass is written by hand: it makes T, u and g again, and gets the decay's gradient from inner products.
 
 Shapes: B batch, L length, H heads, P head width, N state width, G groups of heads that share B and C, K = H / G heads
@@ -33,7 +35,8 @@ class _Scan:
     grow: Tensor  # (B, c, Q, H): exp(r - cum)
     shrink: Tensor  # (B, c, Q, H): exp(cum - r)
     half: Tensor  # (B, c, H): exp(r)
-    through: Tensor  # (B, c, H): exp(2 r), or 0 where a document ends inside the chunk
+    links: Tensor  # (B, c + 1, H): exp(r + r') of the chunks on both sides of a border, where outside r = 0
+    passes: Tensor  # (B, c, H): 1, or 0 where a document ends inside the chunk
     pairs: Tensor  # (Q, Q) or (B, c, 1, Q, Q): in order, and of one document
     of_before: Tensor | None  # (B, c, 1, Q, 1): steps of the document of the state before the chunk
     of_end: Tensor | None  # (B, c, 1, Q, 1): and of the one after it
@@ -42,8 +45,10 @@ class _Scan:
     def of(cls, dt: Tensor, A: Tensor, seq: Tensor | None, Q: int) -> _Scan:
         dt = dt.unflatten(1, (-1, Q))
         cum = (dt * A).cumsum(dim=2)
-        last = cum[:, :, -1]
-        middle, through = last.unsqueeze(2) / 2, last.exp()
+        r = cum[:, :, -1] / 2
+        middle, outside = r.unsqueeze(2), torch.zeros_like(r[:, :1])
+        links = (torch.cat([outside, r], dim=1) + torch.cat([r, outside], dim=1)).exp()
+        passes = torch.ones_like(r)
         pairs = torch.ones(Q, Q, dtype=torch.bool, device=dt.device).tril()
         of_before = of_end = None
         if seq is not None:
@@ -52,8 +57,9 @@ class _Scan:
             before = torch.cat([seq[:, :1, :1], end[:, :-1]], dim=1)
             pairs = ((seq.unsqueeze(-1) == seq.unsqueeze(-2)) & pairs).unsqueeze(2)
             of_before, of_end = ((seq == which)[:, :, None, :, None] for which in (before, end))
-            through = through * (end == before)
-        return cls(dt, (middle - cum).exp(), (cum - middle).exp(), (last / 2).exp(), through, pairs, of_before, of_end)
+            passes = passes * (end == before)
+        grow, shrink = (middle - cum).exp(), (cum - middle).exp()
+        return cls(dt, grow, shrink, r.exp(), links, passes, pairs, of_before, of_end)
 
 
 class _Tile:
@@ -65,7 +71,10 @@ class _Tile:
         self.x, low = self.by_group(x), x.dtype  # b J G Q K P
         self.into = self.factors(scan.dt[rows, chunks] * scan.grow[rows, chunks]).to(low)  # b J G Q K 1
         self.shrink = self.factors(scan.shrink[rows, chunks]).to(low)
-        self.half, self.through = (self.factors(t[rows, chunks].unsqueeze(2)) for t in (scan.half, scan.through))
+        before, after = scan.links[rows, chunks], scan.links[rows, chunks.start + 1 : chunks.stop + 1]
+        self.before, self.after, self.passes = (
+            self.factors(t.unsqueeze(2)) for t in (before, after, scan.passes[rows, chunks])
+        )
         self.Bm, self.Cm = (self.by_group(t).flatten(-2).contiguous() for t in (Bm, Cm))  # b J G Q N
         self.of_before, self.of_end, self.pairs = here(scan.of_before), here(scan.of_end), here(scan.pairs)
         self.B_end = self.Bm if self.of_end is None else self.Bm * self.of_end
@@ -109,16 +118,15 @@ def scan_forward(
     (B, L, H, P), G = x.shape, Bm.shape[2]
     scan = _Scan.of(dt, A, seq, Q)
     y, gs = x.new_empty(B, L, H, P), []
-    state = _by_group(h0, G).contiguous()  # B G N K P
+    carried = _by_group(h0 * scan.half[:, 0, :, None, None], G).contiguous()  # g of the next chunk, B G N K P
     skip = D.to(x.dtype).view(G, 1, -1, 1)
     for tile in _tiles(scan, x, Bm, Cm):
         added = tile.by_head(tile.B_end.transpose(-1, -2) @ tile.u)  # b J G N K P
-        hs = _recur(state[tile.rows], added, tile.through, tile.half)
-        g = (hs[:, :-1] * tile.half).to(x.dtype).flatten(-2)
+        g = _recur(carried[tile.rows], added, tile.after * tile.passes, tile.after)[:, :-1].to(x.dtype).flatten(-2)
         gs.append(g)
         read = _sum_of_products(tile.T, tile.u, tile.C_before, g)
         torch.mul(tile.by_head(read), tile.shrink, out=tile.by_group(y)).addcmul_(tile.x, skip)
-    return y, _by_head(state), gs
+    return y, _by_head(carried), gs
 
 
 def scan_backward(
@@ -141,20 +149,21 @@ def scan_backward(
     scan = _Scan.of(dt, A, seq, Q)
     along, skipped, turned = (dt.new_empty(B, L, H) for _ in range(3))  # <du, x>; <dy, x>; <dy, y>
     ends = dt.new_zeros(B, c + 1, H)  # <dh, h> of the state before each chunk, and of the last one
-    dstate = dt.new_zeros(B, G, N, H // G, P) if dh is None else _by_group(dh, G).contiguous()  # after the tile
+    carried = dt.new_zeros(B, G, N, H // G, P)  # e, the gradient of g + B^T u, of the chunk before
     if dh is not None:
         ends[:, c] = (dh * last_state).sum((-1, -2))
+        carried = _by_group(dh * scan.half[:, -1, :, None, None], G).contiguous()
     skip = D.to(x.dtype).view(G, 1, -1, 1)
     inner = lambda a, b: (a * b).sum(-1)  # noqa: E731
     for tile, g in zip(_tiles(scan, x, Bm, Cm, backwards=True), reversed(gs), strict=True):
         tile_dy = tile.by_group(dy)
         dz = (tile_dy * tile.shrink).flatten(-2).contiguous()  # of outputs before they shrink
         from_y = tile.by_head(tile.C_before.transpose(-1, -2) @ dz)  # b J G N K P
-        dhs = _recur(dstate[tile.rows], from_y, tile.through, tile.half, backwards=True)
-        e = (dhs[:, 1:] * tile.half).to(x.dtype).flatten(-2)  # of g + B^T u
+        es = _recur(carried[tile.rows], from_y, tile.before * tile.passes, tile.before, backwards=True).to(x.dtype)
+        e = es[:, 1:].flatten(-2)
         du = tile.by_head(_sum_of_products(tile.T.transpose(-1, -2), dz, tile.B_end, e))  # b J G Q K P
-        tile_ends = (dhs[:, :-1].to(x.dtype) * tile.by_head(g)).sum(3).sum(-1, dtype=dt.dtype)  # <dh, h> exp(r)
-        ends[tile.rows, tile.chunks] = (tile_ends / tile.half[:, :, :, 0, :, 0]).flatten(2)
+        tile_ends = (es[:, :-1] * tile.by_head(g)).sum(3).sum(-1, dtype=dt.dtype)  # <dh, h> times the link
+        ends[tile.rows, tile.chunks] = (tile_ends / tile.before[:, :, :, 0, :, 0]).flatten(2)
 
         # the product itself sums over the heads of a group; for pairs out of order it may overflow
         dT = (dz @ tile.u.transpose(-1, -2)).masked_fill_(~tile.pairs, 0)
@@ -176,21 +185,21 @@ def scan_backward(
     dcum[:, :, -1] += ends[:, 1:]
     da = dcum.flip(2).cumsum(2).flip(2)
     ddt = (da * A + along).view(B, L, H)
-    return ddt, (da * scan.dt).sum((0, 1, 2)), skipped.sum((0, 1)), _by_head(dstate)
+    return ddt, (da * scan.dt).sum((0, 1, 2)), skipped.sum((0, 1)), _by_head(carried)
 
 
-def _recur(h: Tensor, added: Tensor, through: Tensor, half: Tensor, backwards: bool = False) -> Tensor:
-    """h (b, G, N, K, P) becomes through_j h + half_j added_j for each chunk j of added (b, J, G, N, K, P). Returns the
-    states before each chunk and after the last one (b, J + 1, G, N, K, P), and leaves the last in h. backwards: from
-    the last chunk to the first; what is returned is in order all the same."""
+def _recur(h: Tensor, added: Tensor, keep: Tensor, gain: Tensor, backwards: bool = False) -> Tensor:
+    """h (b, G, N, K, P) becomes keep_j h + gain_j added_j for each chunk j of added (b, J, G, N, K, P). Returns what it
+    was before each chunk and after the last one (b, J + 1, G, N, K, P), and leaves the last in h. backwards: from the
+    last chunk to the first; what is returned is in order all the same."""
     J = added.shape[1]
     hs = h.new_empty(len(h), J + 1, *h.shape[1:])
     states, added = hs.unbind(1), added.to(h.dtype).unbind(1)
-    through, half = through.unbind(1), half.unbind(1)
+    keep, gain = keep.unbind(1), gain.unbind(1)
     states[J if backwards else 0].copy_(h)
     for j in reversed(range(J)) if backwards else range(J):
         old, new = (j + 1, j) if backwards else (j, j + 1)
-        torch.mul(states[old], through[j], out=states[new]).addcmul_(added[j], half[j])
+        torch.mul(states[old], keep[j], out=states[new]).addcmul_(added[j], gain[j])
     h.copy_(states[0 if backwards else J])
     return hs
 

@@ -132,7 +132,7 @@ def test_heads_that_forget_too_steeply_for_factors_are_taken_apart(monkeypatch):
         monkeypatch.setattr(
             scan, "apply", lambda x, *rest, n=name, f=scan.apply: called.append((n, x.shape[2])) or f(x, *rest)
         )
-    mild, steep, at_the_edge = -2.0, -400.0, -60.0  # 64 steps of .025 on average: -3, -640, -96
+    mild, steep, at_the_edge = -2.0, -400.0, -40.0  # 64 steps of .025 on average: -3, -640, -64
     for A, expected in [
         ([mild] * 4, [("FactoredSSD", 4)]),
         ([mild, steep, mild, at_the_edge], [("FactoredSSD", 3), ("_PairwiseSSD", 1)]),
