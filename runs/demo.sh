@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on an invented world, from raw text to a model that answers from documents it never saw:
 #     bash runs/demo.sh
-# Makes .venv, installs, and needs no download beyond that: about 13 minutes on 2 CPU cores, most of it training. The last line is
+# Makes .venv, installs, and needs no download beyond that: about 12 minutes on 2 CPU cores, most of it training. The last line is
 # one JSON object. Everything it makes lies under data/demo; delete that folder to start anew, or run again to go on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
