@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +184,12 @@ class Screen:
         before, stopped = session.sources, False
         pieces = session.ask(question)
         try:
-            self.write(printable(next(pieces, "(the model gave no answer)")))
-            for piece in pieces:
-                self.write(printable(piece))
+            with collected_interrupts(self.interactive) as pressed:
+                self.write(printable(next(pieces, "(the model gave no answer)")))
+                for piece in pieces:
+                    self.write(printable(piece))
+                    if pressed:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -255,6 +260,27 @@ def read_lines(screen: Screen) -> Iterator[str]:
                 return
             except KeyboardInterrupt:
                 screen.write("\n(Ctrl-D or /quit to leave)\n")
+
+
+@contextlib.contextmanager
+def collected_interrupts(active: bool) -> Iterator[list[int]]:
+    """The first Ctrl-C is only noted, to be seen between two tokens: an exception out of the middle of a step can get
+    lost in compiled code, or leave a state half changed. The second one interrupts wherever it comes."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: object) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    if not active or threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
