@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat.optim import Optimizers
+from nanochat import optim
+from nanochat.optim import Muon, Optimizers
 
 MUON_ENDS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_proj", "gate_proj", "down_proj")
 
@@ -109,3 +110,25 @@ def test_a_state_of_another_model_is_refused(make_model):
     one_step(deeper, optimizers, 0)
     with pytest.raises(ValueError, match=r"unknown parameters: \['blocks.2"):
         Optimizers(model).load_state_dict(optimizers.state_dict())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_moves_every_matrix_as_torchs_does(weight_decay, monkeypatch):
+    """Tall, wide and square ones, some without a gradient, in stacks cut short by the limit."""
+    monkeypatch.setattr(optim, "STACK", 5000)
+    shapes = [(32, 64), (64, 32), (48, 48), (32, 64), (64, 32), (48, 48), (96, 48), (48, 48)]
+
+    def moved(kind: type) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = kind(params, lr=0.05, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+        for step in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            params[step].grad = None
+            optimizer.step()
+        return params
+
+    for ours, theirs in zip(moved(Muon), moved(torch.optim.Muon), strict=True):
+        # equal to the last bit here; elsewhere a sum in another order may round to the next bfloat16
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
