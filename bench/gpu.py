@@ -119,7 +119,7 @@ def training(device: torch.device, config: Config) -> tuple[list[list], dict[str
     measured = 2 * size**3 / seconds_of(lambda: a @ b, device, config.rounds)
     rows, figures = [], {"matrix_tflops_bf16": measured / 1e12}
     for depth in (12, 20) if large else (2,):
-        for fp8 in (False, True):
+        for fp8, compiled in ((False, False), (False, True), (True, True)):
             fresh(device)
             pattern = default_block_pattern(depth)
             torch.manual_seed(0)
@@ -131,6 +131,8 @@ def training(device: torch.device, config: Config) -> tuple[list[list], dict[str
                 except UserError as error:
                     print(f"d{depth} in FP8 left out: {error}", flush=True)
                     continue
+            if compiled:
+                model.compile_mlps()
             optimizers = Optimizers(model)
             length = 2048 if large else 32
             step_tokens = config.tokens // (1 if depth <= 12 else 3) if large else 64
@@ -146,7 +148,7 @@ def training(device: torch.device, config: Config) -> tuple[list[list], dict[str
 
             rate = tokens.shape[0] * length / seconds_of(step, device, config.rounds)
             used = rate * model.flops_per_token(length)
-            name = f"d{depth}_{'fp8' if fp8 else 'bf16'}"
+            name = f"d{depth}_{'fp8' if fp8 else 'bf16'}{'_compiled' if compiled else ''}"
             mfu, of_measured = used / (config.peak_tflops * 1e12), used / measured
             rows.append([name, model.num_parameters() / 1e6, rate, mfu, of_measured, peak_gb(device)])
             figures |= {f"{name}_tokens_per_s": rate, f"{name}_mfu": mfu, f"{name}_of_measured": of_measured}
@@ -191,7 +193,9 @@ def lengths(device: torch.device, config: Config) -> tuple[list[list], dict[str,
 
                 decoded = 16 / seconds_of(decode, device, 3)
             rows.append([length, name, length / seconds, peak, prefill, decoded, peak_gb(device)])
-            figures |= {f"peak_gb_{name}_{length}": peak, f"decode_{name}_{length}": decoded}
+            figures |= {f"decode_{name}_{length}": decoded}
+            if large:
+                figures |= {f"peak_gb_{name}_{length}": peak}
             del model, cache, step, decode
     return rows, figures
 

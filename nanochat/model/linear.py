@@ -61,7 +61,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if plain or self.weight.dtype != torch.float32:
+        if plain or self.weight.dtype != torch.float32 or torch.compiler.is_compiling():
             return F.linear(x, self.weight)
         multiply = _Product.apply if torch.is_grad_enabled() else product
         return multiply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)

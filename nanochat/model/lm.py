@@ -132,6 +132,7 @@ class Block(nn.Module):
         super().__init__()
         self.kind = kind
         self.step: Callable[..., Tensor] | None = None  # one decoded token, compiled
+        self.compiled_feed: Callable[[Tensor], Tensor] | None = None  # for training
         self.mixer_norm = RMSNorm(c.d_model, c.norm_eps)
         if kind == "T":
             self.mixer = Attention(c.d_model, c.n_head, c.n_kv_head, c.head_dim)
@@ -143,7 +144,10 @@ class Block(nn.Module):
         self.mlp = MLP(c.d_model, c.mlp_width, c.mlp)
 
     def forward(self, x: Tensor, **context) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), **context)
+        feed = self.compiled_feed if self.training and self.compiled_feed else self.feed
+        return feed(x + self.mixer(self.mixer_norm(x), **context))
+
+    def feed(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -205,6 +209,12 @@ class HybridLM(nn.Module):
         for block in self.blocks:
             if block.kind == "M":
                 block.step = torch.compile(block.forward)
+
+    def compile_mlps(self) -> None:
+        """Compile the second half of every block for training on a GPU, and FP8's roundings with it. The mixers stay as
+        they are: their kernels are fused already, and packed documents change their shapes with every batch."""
+        for block in self.blocks:
+            block.compiled_feed = torch.compile(block.feed)
 
     def forward(
         self,

@@ -152,6 +152,16 @@ def test_gradient_checkpointing_changes_nothing(run):
     assert np.abs(np.subtract(losses(got), losses(expected))).max() < 1e-6
 
 
+def test_compiling_changes_nothing_and_is_left_out_of_the_checkpoint(run, monkeypatch):
+    compiled = []
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or compiling(function))
+    _, expected = run("plain", steps=3, dtype="float32")
+    model, got = run("compiled", steps=3, dtype="float32", compile=True)
+    assert len(compiled) == len(model.blocks)
+    assert np.abs(np.subtract(losses(got), losses(expected))).max() < 1e-4  # Muon rounds to bfloat16
+
+
 class Stopped(Exception):
     pass
 
