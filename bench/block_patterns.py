@@ -65,7 +65,8 @@ class Config:
 
 def shape_of(pattern: str, config: Config, parameters: int | None) -> ModelConfig:
     """A model's shape; with a number of parameters, its MLP is made so wide that it has (nearly) as many."""
-    shape = partial(ModelConfig.from_depth, config.vocabulary, None, pattern, config.width, 64, rope_theta=1e6)
+    settings = {"rope_theta": 1e6, "mlp": "relu2"}
+    shape = partial(ModelConfig.from_depth, config.vocabulary, None, pattern, config.width, 64, **settings)
     if parameters is None:
         return shape()
     smallest = HybridLM(shape(mlp_width=16)).num_parameters()

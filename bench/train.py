@@ -58,13 +58,17 @@ class Config:
     """Print the figures as one JSON object in the last line."""
 
 
+def shape_of(pattern: str, config: Config) -> ModelConfig:
+    """With nanochat's MLP, so that sizes and work are the same."""
+    return ModelConfig.from_depth(config.vocabulary, None, pattern, config.width, 64, mlp="relu2")
+
+
 class OurTrainer:
     """Whole steps on random tokens."""
 
     def __init__(self, pattern: str, dtype: str, length: int, config: Config):
         torch.manual_seed(0)
-        shape = ModelConfig.from_depth(config.vocabulary, block_pattern=pattern, d_model=config.width, head_dim=64)
-        self.model = HybridLM(shape)
+        self.model = HybridLM(shape_of(pattern, config))
         self.optimizers = Optimizers(self.model)
         self.dtype = getattr(torch, dtype)
 
@@ -205,7 +209,7 @@ def main() -> None:
             share: float | str = "-"
             kind, _, dtype = worker.name.partition(" ")
             if kind in patterns:
-                model = HybridLM(ModelConfig.from_depth(config.vocabulary, None, patterns[kind], config.width, 64))
+                model = HybridLM(shape_of(patterns[kind], config))
                 share = rate * model.flops_per_token(length) / rates_of_products[dtype]
                 rates[f"{worker.name} share", length] = share
             rows.append([length, worker.name, worker.parameters / 1e6, rate, share])

@@ -44,8 +44,8 @@ class ModelShape:
     """Width of Mamba-2's convolution, 4 unless given. More lets the first block see whole names of many tokens."""
     mamba_head_dim: int | None = None
     """Head width P of Mamba-2."""
-    mlp: str = "relu2"
-    """relu2 or swiglu."""
+    mlp: str = "swiglu"
+    """swiglu or relu2; a model with relu2 and rope cannot be exported to transformers."""
     rope: bool = True
     """Rotary positions in attention."""
     rope_theta: float | None = None

@@ -56,7 +56,7 @@ class ModelConfig:
     mamba_head_dim: int = 64
     mamba_groups: int = 1
     d_conv: int = 4
-    mlp: str = "relu2"  # or "swiglu"
+    mlp: str = "swiglu"  # or "relu2"
     mlp_width: int = 1024
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
@@ -90,7 +90,9 @@ class ModelConfig:
         width = d_model or 64 * len(pattern)
         head_dim = head_dim or (128 if width % 128 == 0 and width >= 768 else 64 if width % 64 == 0 else 32)
         n_head = max(1, width // head_dim)
-        swiglu = overrides.get("mlp") == "swiglu"  # 8/3 of the width: as many parameters as 4 with two matrices
+        swiglu = (
+            overrides.get("mlp", cls.mlp) == "swiglu"
+        )  # 8/3 of the width: as many parameters as 4 with two matrices
         settings = {
             "d_model": width,
             "head_dim": head_dim,

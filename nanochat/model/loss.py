@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanochat.model.linear import product
 
-TILE = 2 * 1024 * 1024  # logits in a tile on a CPU
+TILE = 8 * 1024 * 1024  # logits in a tile on a CPU
 FEWEST = 256  # positions in a tile, so that the products stay large
 
 

@@ -77,7 +77,7 @@ def test_import_gives_the_same_model(pair):
 
 
 def test_shapes_without_a_target_are_refused(make_model):
-    model = make_model(320, "MT", head_dim=32, n_head=2, d_model=32)
+    model = make_model(320, "MT", head_dim=32, n_head=2, d_model=32, mlp="relu2")
     with pytest.raises(UserError, match="--mlp swiglu"):
         target_of(model.config)
     model.config.mlp = "swiglu"
