@@ -25,7 +25,7 @@ from nanochat.common import UserError, keep_freed_memory, run_main
 from nanochat.config import load_config
 from nanochat.model.lm import HybridLM, ModelConfig, default_block_pattern
 from nanochat.optim import Optimizers
-from nanochat.training import autocast
+from nanochat.training import TrainConfig, autocast, lr_scale
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -153,7 +153,8 @@ def matrix_rate(dtype: torch.dtype, size: int = 1024) -> float:
 
 def loss_gap(config: Config) -> float:
     """How far the loss in bfloat16 is from that in float32 after the same steps, as a share. On sequences of a random
-    grammar (each token one of 8 that may follow the one before), so that there is something to learn."""
+    grammar (each token one of 8 that may follow the one before), so that there is something to learn, with the learning
+    rate brought down at the end as in training."""
     generator = torch.Generator().manual_seed(1)
     following = torch.randint(0, config.vocabulary, (config.vocabulary, 8), generator=generator)
     length = config.lengths[0]
@@ -162,7 +163,8 @@ def loss_gap(config: Config) -> float:
         trainer = OurTrainer(default_block_pattern(config.depth), dtype, length, config)
         generator.manual_seed(2)
         losses[dtype] = []
-        for _ in range(config.loss_steps):
+        for step in range(config.loss_steps):
+            trainer.optimizers.set_lr_scale(lr_scale(TrainConfig(), step, step / config.loss_steps))
             rows = config.tokens // length
             choices = torch.randint(0, 8, (rows, length), generator=generator)
             tokens = [torch.randint(0, config.vocabulary, (rows,), generator=generator)]
@@ -170,6 +172,7 @@ def loss_gap(config: Config) -> float:
                 tokens.append(following[tokens[-1], choices[:, i]])
             losses[dtype].append(trainer.step(torch.stack(tokens, dim=1)))
     ends = {dtype: statistics.mean(curve[-20:]) for dtype, curve in losses.items()}
+    print(f"\nloss after {config.loss_steps} steps (mean of the last 20): {ends}", flush=True)
     return abs(ends["bfloat16"] / ends["float32"] - 1)
 
 
