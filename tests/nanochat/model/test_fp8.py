@@ -38,7 +38,7 @@ def test_emulated_training(model):
     model.zero_grad()
 
     model.train()
-    assert use_fp8(model, CPU, emulate=True) == 10
+    assert use_fp8(model, CPU, emulate=True) == 12
     assert list(model.state_dict()) == names
     loss = model(ids, ids)
     loss.backward()
