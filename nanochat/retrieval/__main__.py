@@ -1,52 +1,92 @@
-"""Build a knowledge base from a JSONL file of documents, or try one.
+"""A knowledge base's whole life, from a JSONL file of documents.
 
     python -m nanochat.retrieval --documents data/my_documents.jsonl --output data/my_kb --type bm25
-    python -m nanochat.retrieval --documents data/my_documents.jsonl --output data/my_kb --type dense \\
-        --model all-MiniLM-L6-v2
-    python -m nanochat.retrieval --search "return policy" --knowledge_base data/my_kb --top_k 5
+    python -m nanochat.retrieval search "return policy" --knowledge_base data/my_kb --top_k 5
+    python -m nanochat.retrieval add --documents new.jsonl --knowledge_base data/my_kb
+    python -m nanochat.retrieval delete --ids policy_001,policy_002 --knowledge_base data/my_kb
+    python -m nanochat.retrieval index --type hybrid --model all-MiniLM-L6-v2 --knowledge_base data/my_kb
+    python -m nanochat.retrieval stats|verify|rollback --knowledge_base data/my_kb
+    python -m nanochat.retrieval export --output documents.jsonl --knowledge_base data/my_kb
+    python -m nanochat.retrieval serve --knowledge_base data/my_kb --port 8090
 
 A line of documents: {"id": "policy_001", "title": "Return Policy", "content": "Customers can ...", "source":
-"optional"}. The word `prepare_kb` or `build` may stand before the flags of a build, `search` before those of a search.
+"optional", "metadata": {"lang": "en"}}. Without a command: build, or with --search: search.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import os
+import re
 import shutil
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.common import UserError, print0, run_main
 from nanochat.config import load_config
-from nanochat.retrieval.document import Document, read_documents
-from nanochat.retrieval.knowledge_base import build_knowledge_base
+from nanochat.retrieval.create import setting_names
+from nanochat.retrieval.document import Document, iter_documents, write_jsonl
+from nanochat.retrieval.filters import parse_filters
+from nanochat.retrieval.knowledge_base import (
+    KnowledgeBase,
+    add_documents,
+    add_embeddings,
+    build_knowledge_base,
+    delete_documents,
+    open_knowledge_base,
+    rollback,
+)
 from nanochat.retrieval.manager import RetrievalManager
+from nanochat.retrieval.serve import Server
 
 
 @dataclass
 class Config:
     documents: Path | None = None
-    """Build: the JSONL file to read."""
+    """build, add: the JSONL file to read."""
     output: Path | None = None
-    """Build: the directory of the knowledge base. One that is there already gets a new version."""
-    type: Literal["simple", "bm25", "dense", "hybrid"] | None = None
-    """The retriever (build: simple if not given; search: the one the base was built with)."""
-    search: str | None = None
-    """Search: what to look for."""
+    """build: the directory of the knowledge base; one that is there gets a new version. export: a JSONL file."""
     knowledge_base: Path | None = None
-    """Search: the knowledge base."""
+    """All others: the knowledge base."""
+    type: Literal["simple", "bm25", "dense", "hybrid"] | None = None
+    """The retriever (build: simple if not given; others: the one the base was built with)."""
+    search: str | None = None
+    """search: what to look for."""
     top_k: int = 5
-    """Search: how many documents to show."""
+    """search: how many documents to show."""
+    where: list[str] = field(default_factory=list)
+    """search: only documents with such metadata: lang=en, lang=en|de, year>=2020; several with commas."""
+    explain: bool = False
+    """search: where each part of the retriever had a document."""
+    json: bool = False
+    """search, stats: JSON lines instead of text."""
+    ids: list[str] = field(default_factory=list)
+    """delete: ids, with commas between them."""
+    ids_file: Path | None = None
+    """delete: a file with an id in each line."""
+    host: str = "127.0.0.1"
+    """serve: the address to listen on; 0.0.0.0 for all."""
+    port: int = 8090
+    """serve: the port."""
+    allow_changes: bool = False
+    """serve: let clients add and delete documents."""
     model: str | None = None
     """dense, hybrid: a sentence-transformers model, by name or folder (all-MiniLM-L6-v2)."""
     device: str | None = None
     """dense, hybrid: where the model runs (cpu, cuda; chosen if not given)."""
     batch_size: int | None = None
     """dense, hybrid: texts encoded at a time (64)."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """dense, hybrid: the type in which documents are encoded (auto: what is faster here)."""
+    faiss_index: Literal["auto", "flat", "hnsw", "ivf_sq8"] | None = None
+    """dense, hybrid: how vectors are searched (auto: flat up to 50,000, hnsw up to a million, ivf_sq8 above)."""
     alpha: float | None = None
     """hybrid: the weight of dense against bm25 (0.5)."""
     fusion: Literal["minmax", "rrf"] | None = None
@@ -57,69 +97,233 @@ class Config:
     """bm25, hybrid: how fast repeats of a word stop counting (1.5)."""
     b: float | None = None
     """bm25, hybrid: how much long documents are held back (0.75)."""
+    variant: Literal["lucene", "okapi"] | None = None
+    """bm25, hybrid: the idf (lucene)."""
+    bm25_backend: Literal["own", "rank_bm25"] | None = None
+    """bm25, hybrid: our index, or the package rank-bm25, slow, to compare with (own)."""
     language: str | None = None
-    """simple, bm25, hybrid: the language of the stemmer (english)."""
+    """The language of the stemmer (english)."""
     stem: bool | None = None
-    """simple, bm25, hybrid: cut words to their stems (true)."""
+    """Cut words to their stems (true)."""
     stop_words: bool | None = None
-    """simple, bm25, hybrid: leave function words out (true)."""
+    """Leave function words out (true)."""
+    title_weight: int | None = None
+    """How often the words of a title count (1)."""
     sublinear: bool | None = None
     """simple: dampen repeats of a word by a logarithm (true)."""
 
 
-_RETRIEVER_SETTINGS = [field.name for field in dataclasses.fields(Config)][6:]
+_SETTINGS = {name for kind in ("simple", "bm25", "dense", "hybrid") for name in setting_names(kind)}
 
 
 def main() -> None:
     argv = sys.argv[1:]
-    if argv and argv[0] in ("prepare_kb", "build", "search"):
-        argv = argv[1:]
+    command = argv.pop(0) if argv and argv[0] in _COMMANDS else ""
+    if command == "search" and argv and not argv[0].startswith("-"):
+        argv.insert(0, "--search")
     config = load_config(Config, argv, prog="python -m nanochat.retrieval")
-    settings = {name: value for name in _RETRIEVER_SETTINGS if (value := getattr(config, name)) is not None}
-    if config.search is not None:
-        search(config, settings)
-    elif config.documents is None or config.output is None:
+    settings = {
+        f.name: value
+        for f in dataclasses.fields(Config)
+        if f.name in _SETTINGS and (value := getattr(config, f.name)) is not None
+    }
+    _COMMANDS[command or ("search" if config.search is not None else "build")](config, settings)
+
+
+def build(config: Config, settings: dict[str, Any]) -> None:
+    if config.documents is None or config.output is None:
         raise UserError(
             "give --documents FILE.jsonl --output DIRECTORY to build a knowledge base, "
             'or --search "text" --knowledge_base DIRECTORY to try one; --help lists all settings'
         )
-    else:
-        build(config.documents, config.output, config.type or "simple", settings)
+    retriever_type = config.type or "simple"
+    started = time.perf_counter()
+    documents = _Progress(config.documents)
+    knowledge_base = build_knowledge_base(documents, config.output, retriever_type, **settings)
+    _say_written(knowledge_base, f"built {retriever_type}", documents.count, time.perf_counter() - started)
+    print0(f'try it: python -m nanochat.retrieval --search "..." --knowledge_base {config.output}')
 
 
-def build(documents_path: Path, output: Path, retriever_type: str, settings: dict[str, Any]) -> None:
-    start = time.perf_counter()
-    documents = read_documents(documents_path)
-    read = time.perf_counter()
-    print0(f"read {len(documents):,} documents from {documents_path} in {read - start:.1f} s")
-    knowledge_base = build_knowledge_base(documents, output, retriever_type, **settings)
-    seconds = time.perf_counter() - read
-    print0(f"built {retriever_type} in {seconds:.1f} s ({len(documents) / seconds:,.0f} documents/s)")
-    sizes = {name: entry["size"] / 1e6 for name, entry in knowledge_base.manifest["files"].items()}
-    total, text = sum(sizes.values()), sizes["documents.jsonl"]
-    print0(f"size {total:.2f} MB: documents {text:.2f} MB, index {total - text:.2f} MB")
-    print0(f"wrote {knowledge_base.directory}")
-    print0(f'try it: python -m nanochat.retrieval --search "..." --knowledge_base {output}')
+def add(config: Config, settings: dict[str, Any]) -> None:
+    if config.documents is None:
+        raise UserError("give the documents to add: --documents FILE.jsonl")
+    started = time.perf_counter()
+    documents = _Progress(config.documents)
+    knowledge_base = add_documents(_base(config), documents, **settings)
+    _say_written(knowledge_base, "added", documents.count, time.perf_counter() - started)
+
+
+def delete(config: Config, settings: dict[str, Any]) -> None:
+    ids = list(config.ids)
+    if config.ids_file is not None:
+        try:
+            ids += [line for line in config.ids_file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{config.ids_file}: cannot be read ({error}); give a text file of ids") from None
+    if not ids:
+        raise UserError("give the ids to delete: --ids ID,ID or --ids_file FILE")
+    started = time.perf_counter()
+    knowledge_base = delete_documents(_base(config), ids, **settings)
+    _say_written(knowledge_base, "deleted", len(ids), time.perf_counter() - started)
+
+
+def index(config: Config, settings: dict[str, Any]) -> None:
+    started = time.perf_counter()
+    knowledge_base = add_embeddings(_base(config), config.type or "hybrid", **settings)
+    _say_written(knowledge_base, "embedded", len(knowledge_base), time.perf_counter() - started)
 
 
 def search(config: Config, settings: dict[str, Any]) -> None:
+    if config.search is None:
+        raise UserError('search for what? python -m nanochat.retrieval search "text" --knowledge_base DIRECTORY')
     path = config.knowledge_base or config.output
     if path is None:
         raise UserError("--search needs the knowledge base to look in: --knowledge_base DIRECTORY")
     manager = RetrievalManager(config.type, path, **settings)
     start = time.perf_counter()
-    documents = manager.retrieve(config.search, config.top_k)
+    where = parse_filters(config.where)
+    documents = manager.retriever.search([config.search], config.top_k, where, config.explain)[0]
     milliseconds = 1000 * (time.perf_counter() - start)
+    if config.json:
+        for document in documents:
+            print0(json.dumps(document.to_dict(), ensure_ascii=False))
+        return
+    marked = _marker(manager, config.search)
     for rank, document in enumerate(documents, 1):
-        print0(format_hit(rank, document))
+        print0(marked(format_hit(rank, document)))
     found = f"{len(documents)} of {len(manager):,} documents" if documents else "nothing found"
     print0(f"{found} ({manager.retriever_type}, {milliseconds:.1f} ms)")
+
+
+def stats(config: Config, settings: dict[str, Any]) -> None:
+    knowledge_base = open_knowledge_base(_base(config))
+    manifest = knowledge_base.manifest
+    figures: dict[str, Any] = {
+        "version": knowledge_base.version,
+        "created": manifest["created"],
+        "documents": len(knowledge_base),
+        "deleted, not yet cleared away": sum(s["deleted"] for s in manifest["segments"].values()),
+        "segments": len(manifest["segments"]),
+        "terms": sum(len(segment.postings.hashes) for segment in knowledge_base.documents.segments),
+        "megabytes": round(sum(entry["size"] for entry in manifest["files"].values()) / 1e6, 2),
+        "retriever": manifest["retriever"],
+        **manifest["settings"],
+    }
+    if manifest["embedding"]:
+        figures |= {f"embedding {name}": value for name, value in manifest["embedding"].items()}
+    if config.json:
+        print0(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print0(f"{name:<30} {value:,}" if isinstance(value, int) else f"{name:<30} {value}")
+
+
+def verify(config: Config, settings: dict[str, Any]) -> None:
+    knowledge_base = open_knowledge_base(_base(config), verify=True)
+    files = knowledge_base.manifest["files"]
+    print0(f"{knowledge_base.directory}: {len(files)} files have their checksums, {len(knowledge_base):,} documents")
+
+
+def export(config: Config, settings: dict[str, Any]) -> None:
+    if config.output is None:
+        raise UserError("give the file to write: --output FILE.jsonl")
+    count = write_jsonl(config.output, open_knowledge_base(_base(config)).documents)
+    print0(f"wrote {count:,} documents to {config.output}")
+
+
+def roll_back(config: Config, settings: dict[str, Any]) -> None:
+    knowledge_base = rollback(_base(config))
+    print0(f"{knowledge_base.directory} is as the version before was: {len(knowledge_base):,} documents")
+
+
+def serve(config: Config, settings: dict[str, Any]) -> None:
+    manager = RetrievalManager(config.type, _base(config), **settings)
+    server = Server(manager, config.host, config.port, config.allow_changes)
+    print0(f"{len(manager):,} documents ({manager.retriever_type}) at http://{config.host}:{server.server_port}")
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+_COMMANDS = {
+    "build": build,
+    "prepare_kb": build,
+    "add": add,
+    "delete": delete,
+    "index": index,
+    "search": search,
+    "stats": stats,
+    "verify": verify,
+    "export": export,
+    "rollback": roll_back,
+    "serve": serve,
+}
+
+
+def _base(config: Config) -> Path:
+    if config.knowledge_base is None:
+        raise UserError("give the knowledge base: --knowledge_base DIRECTORY")
+    return config.knowledge_base
+
+
+class _Progress:
+    """The documents of a file; on a terminal with a line of progress."""
+
+    def __init__(self, path: Path):
+        self.path, self.count, self.bytes = path, 0, 0
+
+    def __iter__(self) -> Iterator[Document]:
+        started = shown = time.perf_counter()
+        watched = sys.stderr.isatty()
+        for document in iter_documents(self.path, self._read):
+            yield document
+            self.count += 1
+            if watched and (now := time.perf_counter()) - shown > 1:
+                shown, seconds = now, now - started
+                left = seconds / self.bytes * max(0, os.path.getsize(self.path) - self.bytes)
+                line = f"{self.count:,} documents, {self.count / seconds:,.0f} a second, {left:.0f} s left"
+                print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+        if shown > started:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if not self.count:
+            raise UserError(
+                f'{self.path}: no documents in it; it needs lines such as {{"id": "1", "title": "", "content": "..."}}'
+            )
+
+    def _read(self, size: int) -> None:
+        self.bytes += size
+
+
+def _say_written(knowledge_base: KnowledgeBase, what: str, count: int, seconds: float) -> None:
+    print0(f"{what}: {count:,} documents in {seconds:.1f} s ({count / seconds:,.0f} a second)")
+    sizes = {name: entry["size"] / 1e6 for name, entry in knowledge_base.manifest["files"].items()}
+    total, text = sum(sizes.values()), sum(size for name, size in sizes.items() if name.endswith("documents.jsonl"))
+    print0(f"{len(knowledge_base):,} documents, {total:.2f} MB: documents {text:.2f} MB, index {total - text:.2f} MB")
+    print0(f"wrote {knowledge_base.directory}")
+
+
+def _marker(manager: RetrievalManager, query: str) -> Callable[[str], str]:
+    """Shows the words of a text that match the query's in bold, on a terminal."""
+    if not sys.stdout.isatty():
+        return lambda text: text
+    analyzer = manager.retriever.analyzer
+    wanted = set(analyzer.terms(query))
+
+    def marked(word: re.Match[str]) -> str:
+        return f"\033[1m{word[0]}\033[0m" if wanted.intersection(analyzer.terms(word[0])) else word[0]
+
+    return lambda text: re.sub(r"\w+", marked, text)
 
 
 def format_hit(rank: int, document: Document) -> str:
     width = min(shutil.get_terminal_size().columns, 120)
     snippet = textwrap.shorten(document.content, 2 * (width - 6), placeholder=" ...")
     lines = textwrap.wrap(snippet, width, initial_indent="      ", subsequent_indent="      ")
+    parts = [
+        f"{part} {found['score']:.4f}" + (f" (rank {found['rank']})" if "rank" in found else "")
+        for part, found in document.explanation.items()
+    ]
+    if parts:
+        lines.append(f"      {', '.join(parts)}")
     return "\n".join([f"{rank:>4}. {document.score:.4f}  {document.id}  {_one_line(document.title)}", *lines])
 
 

@@ -19,7 +19,7 @@ from nanochat.common import UserError
 # Chinese and Japanese are written without spaces: each character is a word of its own.
 _NO_SPACES = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(f"[{_NO_SPACES}]|[^\\W_{_NO_SPACES}]+")
-_ASCII_WORD = re.compile(r"[a-z0-9]+")
+_ASCII_SPACES = {code: " " for code in range(128) if not chr(code).isalnum()}
 _ACCENT = re.compile("[\u0300-\u036f]")
 
 # Function words: nearly every text has them, so they tell texts apart badly and make the longest postings.
@@ -38,7 +38,7 @@ _ENGLISH_STOP_WORDS = frozenset(
 
 class Analyzer:
     def __init__(self, language: str = "english", stem: bool = True, stop_words: bool = True):
-        self.language = language
+        self.language, self.stem = language, stem
         self.stop_words = _ENGLISH_STOP_WORDS if stop_words and language == "english" else frozenset()
         self._stemmer = _load_stemmer(language) if stem else None
         self._lock = threading.Lock()  # a Snowball stemmer has state
@@ -46,11 +46,20 @@ class Analyzer:
     def words(self, text: str) -> list[str]:
         text = text.lower()
         if text.isascii():
-            return _ASCII_WORD.findall(text)
+            return text.translate(_ASCII_SPACES).split()
         text = unicodedata.normalize("NFKD", text)  # full-width letters, ligatures and decomposed accents become plain
         if self.language == "english":  # elsewhere an accent can be part of the letter
             text = _ACCENT.sub("", text)
         return _WORD.findall(unicodedata.normalize("NFC", text))
+
+    def term(self, word: str) -> str | None:
+        """Of one word; None for a stop word."""
+        if word in self.stop_words:
+            return None
+        if self._stemmer is None:
+            return word
+        with self._lock:
+            return self._stemmer.stemWord(word)
 
     def terms(self, text: str) -> list[str]:
         """The terms of a text, in order, with repeats."""
@@ -60,42 +69,41 @@ class Analyzer:
         with self._lock:
             return self._stemmer.stemWords(words)
 
-    def term_ids(self, texts: Iterable[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Many texts at once, each different word being stemmed once.
-
-        Returns the vocabulary in the order of first use, the ids of all texts' terms one after the other, and how many
-        of them each text has.
-        """
-        word_ids = _WordIds(self)
-        lookup = word_ids.__getitem__
-        flat_ids = array("i")
-        ends = array("q", [0])
-        for text in texts:
-            flat_ids.extend(map(lookup, self.words(text)))
-            ends.append(len(flat_ids))
-        ids = np.frombuffer(flat_ids, dtype=np.int32) if flat_ids else np.zeros(0, dtype=np.int32)
-        kept = ids >= 0
-        kept_before = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])
-        return list(word_ids.term_ids), ids[kept], np.diff(kept_before[np.frombuffer(ends, dtype=np.int64)])
+    def word_ids(self) -> WordIds:
+        return WordIds(self)
 
 
-class _WordIds(dict):
-    """word -> id of its term, or -1 for a stop word; words are analysed when they are first met."""
+class WordIds(dict):
+    """word -> id of its term, or -1 for a stop word. A word is analysed when it is first met, and never again."""
 
     def __init__(self, analyzer: Analyzer):
         super().__init__()
         self.analyzer = analyzer
-        self.term_ids: dict[str, int] = {}
+        self.terms: list[str] = []
+        self._id_of_term: dict[str, int] = {}
 
     def __missing__(self, word: str) -> int:
-        analyzer = self.analyzer
-        if word in analyzer.stop_words:
-            id = -1
-        else:
-            term = analyzer._stemmer.stemWord(word) if analyzer._stemmer else word
-            id = self.term_ids.setdefault(term, len(self.term_ids))
+        term = self.analyzer.term(word)
+        id = -1
+        if term is not None:
+            id = self._id_of_term.setdefault(term, len(self.terms))
+            if id == len(self.terms):
+                self.terms.append(term)
         self[word] = id
         return id
+
+    def of_texts(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts' terms one after the other, and how many of them each text has."""
+        lookup, words = self.__getitem__, self.analyzer.words
+        flat_ids = array("i")
+        ends = array("q", [0])
+        for text in texts:
+            flat_ids.extend(map(lookup, words(text)))
+            ends.append(len(flat_ids))
+        ids = np.frombuffer(flat_ids, dtype=np.int32) if flat_ids else np.zeros(0, dtype=np.int32)
+        kept = ids >= 0
+        kept_before = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])
+        return ids[kept], np.diff(kept_before[np.frombuffer(ends, dtype=np.int64)])
 
 
 def _load_stemmer(language: str):

@@ -12,15 +12,15 @@ from nanochat.retrieval.hybrid import HybridRetriever
 from nanochat.retrieval.retriever import Retriever
 from nanochat.retrieval.simple import SimpleRetriever
 
-_TEXT = ("language", "stem", "stop_words")
-_BM25 = ("k1", "b", *_TEXT)
-_DENSE = ("model", "encoder", "device", "batch_size")
+TEXT_SETTINGS = ("language", "stem", "stop_words", "title_weight")
+_BM25 = ("k1", "b", "variant", "bm25_backend", *TEXT_SETTINGS)
+_DENSE = ("model", "encoder", "device", "batch_size", "dtype", "faiss_index", *TEXT_SETTINGS)
 _HYBRID = ("alpha", "fusion", "candidates")
 _SETTINGS = {
-    "simple": (*_TEXT, "sublinear"),
+    "simple": (*TEXT_SETTINGS, "sublinear"),
     "bm25": _BM25,
     "dense": _DENSE,
-    "hybrid": (*_HYBRID, *_BM25, *_DENSE),
+    "hybrid": tuple(dict.fromkeys((*_HYBRID, *_BM25, *_DENSE))),
 }
 RETRIEVER_TYPES = tuple(_SETTINGS)
 

@@ -1,9 +1,7 @@
-"""Dense retrieval: texts as vectors of a sentence-transformers model, nearest by cosine, exact search.
+"""Dense retrieval: texts as vectors of a sentence-transformers model, nearest by cosine.
 
-FAISS (Flat, inner product) finds the nearest vectors where it is installed, a NumPy matrix product where it is not.
-Both give candidates only: these are scored again one by one, so that results do not depend on which of them ran, nor on
-how a matrix product was cut into blocks. Reimers and Gurevych, "Sentence-BERT" (2019); Douze et al., "The Faiss
-library" (2024).
+Candidates come from nanochat.retrieval.ann; they are scored again one by one, so that results do not depend on which
+index ran, nor on how a matrix product was cut into blocks. Reimers and Gurevych, "Sentence-BERT" (2019).
 
     N documents, Q queries, D width of an embedding
 """
@@ -11,9 +9,10 @@ library" (2024).
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
-from collections.abc import Iterable
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.retrieval.document import Document
-from nanochat.retrieval.retriever import Retriever, best_rows
-from nanochat.retrieval.store import load_array
+from nanochat.retrieval import ann
+from nanochat.retrieval.collection import Collection, Masks
+from nanochat.retrieval.retriever import Retriever
+from nanochat.retrieval.segment import Encode, Segment
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _SPARE = 16  # candidates beyond top_k, for those that rounding or a tie may have put just outside
+_PROBED = 32  # documents that are encoded to see which type is faster
 _ROUNDING = 1e-5  # more than float32 inner products of unit vectors differ between two ways of summing
 
 
@@ -34,18 +35,34 @@ class DenseRetriever(Retriever):
     type = "dense"
 
     def __init__(
-        self, model: str = DEFAULT_MODEL, encoder: Any = None, device: str | None = None, batch_size: int = 64
+        self,
+        model: str = DEFAULT_MODEL,
+        encoder: Any = None,
+        device: str | None = None,
+        batch_size: int = 64,
+        dtype: str = "auto",
+        faiss_index: str = "auto",
+        language: str = "english",
+        stem: bool = True,
+        stop_words: bool = True,
+        title_weight: int = 1,
     ):
-        """encoder: an object with encode(list of texts) -> array (texts, D), not a sentence-transformers model."""
-        super().__init__()
+        """encoder: an object with encode(list of texts) -> array (texts, D), not a sentence-transformers model. dtype:
+        float32, bfloat16 or auto, for encoding documents: auto tries which is faster here.
+        language and what follows: for the words of the documents, which every base keeps too."""
+        super().__init__(language, stem, stop_words, title_weight)
+        if dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"dtype is {dtype!r}; it must be auto, float32 or bfloat16")
+        if faiss_index not in ann.KINDS:
+            raise UserError(f"faiss_index is {faiss_index!r}; it must be one of {', '.join(ann.KINDS)}")
         if encoder is not None:
             model = getattr(encoder, "name", type(encoder).__name__)
         elif Path(model).is_dir():
             model = str(Path(model).resolve())  # so that the knowledge base opens from any working directory
-        self.model, self.device, self.batch_size = model, device, batch_size
+        self.model, self.device, self.batch_size, self.faiss_index = model, device, batch_size, faiss_index
+        self.dtype = dtype
         self._given_encoder = encoder
-        self.embeddings = np.zeros((0, 0), dtype=np.float32)  # (N, D), unit length
-        self._faiss_index: Any = None
+        self._documents_encoder: Any = None
         self._last_queries: tuple[list[str], np.ndarray] | None = None
 
     # --- the encoder
@@ -67,9 +84,9 @@ class DenseRetriever(Retriever):
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _encode(self, texts: list[str], kind: str) -> np.ndarray:
+    def _encode(self, texts: list[str], kind: str, encoder: Any) -> np.ndarray:
         # models that tell queries from documents (by a prompt) have a method for each
-        encode = getattr(self.encoder, f"encode_{kind}", self.encoder.encode)
+        encode = getattr(encoder, f"encode_{kind}", encoder.encode)
         options = {} if self._given_encoder is not None else {"batch_size": self.batch_size, "show_progress_bar": False}
         vectors = np.asarray(encode(texts, **options), dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
@@ -83,117 +100,128 @@ class DenseRetriever(Retriever):
     def _encode_queries(self, queries: list[str]) -> np.ndarray:
         last = self._last_queries  # hybrid asks twice for the same queries: to rank, then to score
         if last is None or last[0] != queries:
-            last = self._last_queries = (list(queries), self._encode(queries, "query"))
+            last = self._last_queries = (list(queries), self._encode(queries, "query", self.encoder))
         return last[1]
+
+    def encoding(self) -> Encode:
+        return self._encode_documents
+
+    def _encode_documents(self, texts: list[str]) -> np.ndarray:
+        if self._given_encoder is None and self._documents_encoder is None and len(texts) >= _PROBED:
+            self._documents_encoder = _faster(self.encoder, texts[:_PROBED], self.batch_size, self.dtype)
+        vectors = self._encode(texts, "document", self._documents_encoder or self.encoder)
+        for segment in self.documents.segments[:1]:
+            if vectors.shape[1] != segment.embeddings.shape[1]:
+                raise UserError(
+                    f"the embedding model {self.model!r} gives {vectors.shape[1]} numbers a text, the index has "
+                    f"{segment.embeddings.shape[1]}; rebuild it"
+                )
+        return vectors
 
     # --- searching
 
-    def rank(self, queries: list[str], top_k: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def rank(
+        self, documents: Collection, queries: list[str], top_k: int, masks: Masks
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         vectors = self._encode_queries(queries)
-        candidates = self._nearest(vectors, top_k + _SPARE)
-        return [self._settle(vector, rows, top_k) for vector, rows in zip(vectors, candidates, strict=True)]
-
-    def _settle(self, vector: np.ndarray, rows: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The best of the candidates, after making sure that no document left outside ties with the last of them."""
-        while True:
-            scores = self._exact(vector, rows)
-            best = best_rows(rows, scores, top_k, self.documents.id_rank)
-            if len(rows) == len(self.embeddings) or scores.min() < best[1][-1] - _ROUNDING:
-                return best
-            rows = self._nearest(vector[None], 4 * len(rows))[0]
-
-    def _nearest(self, vectors: np.ndarray, n: int) -> np.ndarray:
-        """(Q, n) rows of the n nearest documents, in no order."""
-        n = min(n, len(self.embeddings))
-        if n == len(self.embeddings):
-            return np.broadcast_to(np.arange(n), (len(vectors), n))
-        if self._index is not None:
-            return self._index.search(vectors, n)[1]
-        block = max(1, 32_000_000 // len(self.embeddings))  # queries at a time: scores for one block take 128 MB
-        parts = [
-            np.argpartition(vectors[start : start + block] @ self.embeddings.T, -n, axis=1)[:, -n:]
-            for start in range(0, len(vectors), block)
-        ]
-        return np.concatenate(parts)
-
-    def _exact(self, vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        # row by row: a matrix product may round two equal rows differently
-        return np.einsum("nd,d->n", self.embeddings[rows].astype(np.float64), vector.astype(np.float64))
-
-    def score_rows(self, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
+        pairs = list(zip(documents.segments, masks, strict=True))
+        found = [self._nearest(segment, vectors, top_k + _SPARE, mask) for segment, mask in pairs]
         return [
-            self._exact(vector, of_query) for vector, of_query in zip(self._encode_queries(queries), rows, strict=True)
+            self._settle(documents, masks, vector, [of_segment[q] for of_segment in found], top_k)
+            for q, vector in enumerate(vectors)
         ]
 
-    @property
-    def _index(self) -> Any:
-        if self._faiss_index is None:
-            try:
-                import faiss
-            except ImportError:
-                return None
-            index = faiss.IndexFlatIP(self.embeddings.shape[1])
-            index.add(np.ascontiguousarray(self.embeddings))
-            self._faiss_index = index
-        return self._faiss_index
+    def _settle(
+        self, documents: Collection, masks: Masks, vector: np.ndarray, found: list[np.ndarray], top_k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best of the candidates, after making sure that no document left outside ties with the last of them."""
+        n = top_k + _SPARE
+        while True:
+            scores = [_exact(s.embeddings, vector, rows) for s, rows in zip(documents.segments, found, strict=True)]
+            rows = [first + rows for first, rows in zip(documents.first_rows, found, strict=False)]
+            best = documents.best(np.concatenate(rows), np.concatenate(scores), top_k)
+            limit = best[1][-1] - _ROUNDING if len(best[1]) == top_k else -np.inf
+            short = [at for at, of_part in enumerate(scores) if len(of_part) >= n and of_part.min() >= limit]
+            if not short:
+                return best
+            n *= 4
+            for at in short:
+                found[at] = self._nearest(documents.segments[at], vector[None], n, masks[at])[0]
 
-    # --- changing
+    def _nearest(self, segment: Segment, vectors: np.ndarray, n: int, mask: np.ndarray) -> list[np.ndarray]:
+        return ann.nearest(self.index_of(segment), segment.embeddings, vectors, n, mask)
 
-    def prepare(self, documents: Iterable[Document]) -> np.ndarray:
-        vectors = self._encode([f"{document.title}\n{document.content}".strip() for document in documents], "document")
-        if len(self.embeddings) and vectors.shape[1] != self.embeddings.shape[1]:
-            raise UserError(
-                f"the embedding model {self.model!r} gives {vectors.shape[1]} numbers a text, the index has "
-                f"{self.embeddings.shape[1]}; rebuild it"
-            )
-        return vectors
+    def score_rows(self, documents: Collection, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
+        found = []
+        for vector, of_query in zip(self._encode_queries(queries), rows, strict=True):
+            scores = np.zeros(len(of_query))
+            for segment, first, places in zip(
+                documents.segments, documents.first_rows, documents.split(of_query), strict=False
+            ):
+                scores[places] = _exact(segment.embeddings, vector, of_query[places] - first)
+            found.append(scores)
+        return found
 
-    def append_index(self, prepared: np.ndarray) -> None:
-        self.embeddings = np.concatenate([self.embeddings, prepared]) if len(self.embeddings) else prepared
-        self._faiss_index = None
-
-    def keep_index(self, mask: np.ndarray) -> None:
-        self.embeddings = self.embeddings[mask]
-        self._faiss_index = None
+    def index_of(self, segment: Segment) -> Any:
+        """The segment's FAISS index, read or built when it is first asked for; None: its vectors are few."""
+        if ann.kind_for(len(segment), self.faiss_index) == "flat":
+            return None
+        if segment.faiss is None:
+            path = segment.directory / "index.faiss" if segment.directory else None
+            if path is not None and path.exists():
+                segment.faiss = ann.read(path, segment.embeddings.shape)
+            if segment.faiss is None:
+                segment.faiss = ann.build(segment.embeddings, self.faiss_index)
+        return segment.faiss
 
     # --- files
 
     def embedding_info(self) -> dict[str, Any]:
-        return {"model": self.model, "dimension": self.embeddings.shape[1], "hash": self.encoder_hash}
+        segments = self.documents.segments
+        dimension = segments[0].embeddings.shape[1] if segments else 0
+        return {"model": self.model, "dimension": dimension, "hash": self.encoder_hash}
 
-    def save_index(self, directory: Path) -> None:
-        np.save(directory / "embeddings.npy", self.embeddings)
-        (directory / "embedding_model.json").write_text(json.dumps(self.embedding_info(), indent=2) + "\n")
-        if len(self.embeddings) and self._index is not None:
-            import faiss
+    def save(self, directory: str | Path) -> None:
+        super().save(directory)
+        (Path(directory) / "embedding_model.json").write_text(json.dumps(self.embedding_info(), indent=2) + "\n")
 
-            faiss.write_index(self._index, str(directory / "index.faiss"))
-
-    def load_index(self, directory: Path) -> None:
+    def load(self, directory: str | Path) -> DenseRetriever:
+        directory = Path(directory)
+        super().load(directory)
         built = json.loads((directory / "embedding_model.json").read_text())
-        self.embeddings = load_array(directory / "embeddings.npy")
-        if self.embeddings.shape != (len(self.documents), built["dimension"]):
-            raise ValueError(f"{directory / 'embeddings.npy'} does not fit the documents")
-        if len(self.embeddings) and self.encoder_hash != built["hash"]:
+        if len(self.documents) and self.encoder_hash != built["hash"]:
             raise UserError(
                 f"{directory} was built with the embedding model {built['model']!r} ({built['hash'][:12]}), not with "
                 f"{self.model!r} ({self.encoder_hash[:12]}), and their vectors do not compare; use that, or rebuild"
             )
-        path = directory / "index.faiss"
-        if path.exists():
-            try:
-                import faiss
-            except ImportError:
-                return
-            try:
-                self._faiss_index = faiss.read_index(str(path))
-            except RuntimeError as error:
-                raise ValueError(f"{path}: {error}") from None
-            if (self._faiss_index.ntotal, self._faiss_index.d) != self.embeddings.shape:
-                raise ValueError(f"{path} does not fit embeddings.npy")
+        return self
 
     def settings(self) -> dict:
-        return {"model": self.model, "batch_size": self.batch_size}
+        names = ("model", "batch_size", "dtype", "faiss_index")
+        return {**{name: getattr(self, name) for name in names}, **super().settings()}
+
+
+def _exact(embeddings: np.ndarray, vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    # row by row: a matrix product may round two equal rows differently
+    return np.einsum("nd,d->n", embeddings[rows].astype(np.float64), vector.astype(np.float64))
+
+
+def _faster(model: Any, texts: list[str], batch_size: int, dtype: str) -> Any:
+    """The model as it is, or a copy in bfloat16."""
+    if dtype == "float32" or (dtype == "auto" and model.device.type != "cpu"):
+        return model
+    import torch
+
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    if dtype == "bfloat16":
+        return half
+    seconds = {}
+    for _ in range(2):  # the first time does what is done once
+        for name, tried in (("float32", model), ("bfloat16", half)):
+            began = time.perf_counter()
+            tried.encode(texts, batch_size=batch_size, show_progress_bar=False)
+            seconds[name] = time.perf_counter() - began
+    return half if seconds["bfloat16"] < 0.8 * seconds["float32"] else model
 
 
 def _load_sentence_transformer(model: str, device: str | None) -> Any:
@@ -204,6 +232,10 @@ def _load_sentence_transformer(model: str, device: str | None) -> Any:
             'sentence-transformers is missing, which embeds texts; pip install "nanochat[dense]", or from a checkout '
             'pip install -e ".[dense]" (without it: the retriever types simple and bm25)'
         ) from None
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # a second of it, for weights that are on this disk already
     with contextlib.suppress(Exception):  # on this disk already: no network is asked, and none is waited for
         return SentenceTransformer(model, device=device, local_files_only=True)
     try:

@@ -11,6 +11,7 @@ ranks instead, 1 / (60 + rank): Cormack, Clarke and Buettcher, "Reciprocal Rank 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import numpy as np
 
 from nanochat.common import UserError
 from nanochat.retrieval.bm25 import BM25Retriever
+from nanochat.retrieval.collection import Collection, Masks
 from nanochat.retrieval.dense import DenseRetriever
-from nanochat.retrieval.document import Document
-from nanochat.retrieval.retriever import Retriever, best_rows
-from nanochat.retrieval.store import DocumentStore
+from nanochat.retrieval.retriever import Retriever
+from nanochat.retrieval.segment import Encode
 
 _RRF_CONSTANT = 60
 
@@ -38,76 +39,90 @@ class HybridRetriever(Retriever):
         fusion: str = "minmax",
         candidates: int = 100,
     ):
-        super().__init__()
+        self.bm25 = BM25Retriever() if bm25 is None else bm25
+        super().__init__(self.bm25.language, self.bm25.stem, self.bm25.stop_words, self.bm25.title_weight)
         if not 0 <= alpha <= 1:
             raise UserError(f"alpha is {alpha}; it is the weight of dense, between 0 and 1")
         if fusion not in ("minmax", "rrf"):
             raise UserError(f"fusion is {fusion!r}; it must be minmax or rrf")
         if candidates < 1:
             raise UserError(f"candidates is {candidates}; it must be at least 1")
-        self.bm25 = BM25Retriever() if bm25 is None else bm25
         self.dense = DenseRetriever() if dense is None else dense
         self.parts: tuple[Retriever, Retriever] = (self.bm25, self.dense)
         self.alpha, self.fusion, self.candidates = alpha, fusion, candidates
 
     # --- searching
 
-    def rank(self, queries: list[str], top_k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        n = min(max(self.candidates, top_k), len(self.documents))
-        lists = [[rows for rows, _ in part.rank(queries, n)] for part in self.parts]
+    def rank(
+        self, documents: Collection, queries: list[str], top_k: int, masks: Masks
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        n = min(max(self.candidates, top_k), len(documents))
+        lists = [[rows for rows, _ in part.rank(documents, queries, n, masks)] for part in self.parts]
         rows = [np.union1d(*both) for both in zip(*lists, strict=True)]
         if self.fusion == "rrf":
             scores = [_reciprocal_ranks(of_query, both) for of_query, *both in zip(rows, *lists, strict=True)]
         else:
-            scores = self.score_rows(queries, rows)
-        return [best_rows(*pair, top_k, self.documents.id_rank) for pair in zip(rows, scores, strict=True)]
+            scores = self.score_rows(documents, queries, rows)
+        return [documents.best(*pair, top_k) for pair in zip(rows, scores, strict=True)]
 
-    def score_rows(self, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
+    def score_rows(self, documents: Collection, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
         """Fused scores, the documents given being the candidates."""
-        bm25, dense = (part.score_rows(queries, rows) for part in self.parts)
+        bm25, dense = (part.score_rows(documents, queries, rows) for part in self.parts)
         if self.fusion == "minmax":
             return [self.alpha * _scaled(d) + (1 - self.alpha) * _scaled(s) for s, d in zip(bm25, dense, strict=True)]
         fused = []
         for of_query, s, d in zip(rows, bm25, dense, strict=True):
             matching = s > 0  # bm25 lists no others
             lists = [(of_query[matching], s[matching]), (of_query, d)]
-            ranked = [best_rows(*pair, len(of_query), self.documents.id_rank)[0] for pair in lists]
+            ranked = [documents.best(*pair, len(of_query))[0] for pair in lists]
             fused.append(_reciprocal_ranks(of_query, ranked))
         return fused
 
+    def explain(
+        self, documents: Collection, queries: list[str], ranked: list[tuple[np.ndarray, np.ndarray]], masks: Masks
+    ) -> list[list[dict[str, Any]]]:
+        n = min(max(self.candidates, max(len(rows) for rows, _ in ranked)), len(documents))
+        found: list[list[dict[str, Any]]] = [[{} for _ in rows] for rows, _ in ranked]
+        for part in self.parts:
+            lists = part.rank(documents, queries, n, masks)
+            scores = part.score_rows(documents, queries, [rows for rows, _ in ranked])
+            for of_query, (rows, _), (listed, _), of_part in zip(found, ranked, lists, scores, strict=True):
+                places = {row: rank for rank, row in enumerate(listed.tolist(), 1)}
+                for reasons, row, score in zip(of_query, rows.tolist(), of_part.tolist(), strict=True):
+                    rank = {"rank": places[row]} if row in places else {}
+                    reasons[part.type] = {**rank, "score": score}
+        return found
+
     # --- the parts stand on the same documents
 
-    def share_documents(self, documents: DocumentStore) -> None:
-        super().share_documents(documents)
+    def encoding(self) -> Encode | None:
+        return self.dense.encoding()
+
+    def use(self, documents: Collection) -> None:
+        super().use(documents)
         for part in self.parts:
-            part.share_documents(documents)
+            part.use(documents)
 
-    def prepare(self, documents: Iterable[Document]) -> tuple[Any, Any]:
-        documents = list(documents)
-        return self.bm25.prepare(documents), self.dense.prepare(documents)
+    def over(self, documents: Collection) -> HybridRetriever:
+        twin = copy.copy(self)
+        twin.bm25, twin.dense = copy.copy(self.bm25), copy.copy(self.dense)
+        twin.parts = (twin.bm25, twin.dense)
+        twin.use(documents)
+        return twin
 
-    def append_index(self, prepared: tuple[Any, Any]) -> None:
-        for part, of_part in zip(self.parts, prepared, strict=True):
-            part.append_index(of_part)
+    def save(self, directory: str | Path) -> None:
+        self.dense.save(directory)
 
-    def keep_index(self, mask: np.ndarray) -> None:
-        for part in self.parts:
-            part.keep_index(mask)
+    def load(self, directory: str | Path) -> HybridRetriever:
+        self.use(self.dense.load(directory).documents)
+        return self
 
-    def save_index(self, directory: Path) -> None:
-        for part in self.parts:
-            part.save_index(directory)
-
-    def load_index(self, directory: Path) -> None:
-        for part in self.parts:
-            part.load_index(directory)
-
-    def embedding_info(self) -> dict[str, Any]:
+    def embedding_info(self) -> dict[str, Any] | None:
         return self.dense.embedding_info()
 
     def settings(self) -> dict:
         own = {"alpha": self.alpha, "fusion": self.fusion, "candidates": self.candidates}
-        return {**self.bm25.settings(), **self.dense.settings(), **own}
+        return {**self.dense.settings(), **self.bm25.settings(), **own}
 
 
 def _scaled(scores: np.ndarray) -> np.ndarray:

@@ -4,45 +4,49 @@
       CURRENT              the name of the live version; replaced atomically, last of all
       v0002/               a version, never changed once it is there
         manifest.json      format, retriever and settings, embedding model, counts, size and checksum of every file
-        documents.jsonl  offsets.npy  id_rank.npy
-        bm25/  simple/     inverted indexes
-        embeddings.npy  embedding_model.json  index.faiss
+        s0001/  s0002/     segments (nanochat.retrieval.segment), each with
+          documents.jsonl offsets.npy ...     its documents
+          postings/                           their words, for simple and bm25
+          embeddings.npy index.faiss          their vectors, for dense and hybrid
+          dead.npy dead_terms.npy             which of them are deleted
       v0001/               the version before, for readers that still have it open
 
 A change is built in a directory beside, flushed to disk, renamed to the next version, and then CURRENT is replaced: a
-reader sees the old base or the new one, and a build killed at any moment leaves the old one as it was. Files that did
-not change are shared between versions by hard link. Nothing is pickled.
+reader sees the old base or the new one, and a build killed at any moment leaves the old one as it was. Segments that
+did not change are shared between versions by hard link. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, atomic_write_text, print0
-from nanochat.retrieval.create import RETRIEVER_TYPES, create_retriever, setting_names
-from nanochat.retrieval.dense import DenseRetriever
+from nanochat.common import UserError, atomic_write_text
+from nanochat.retrieval import ann
+from nanochat.retrieval.collection import Collection, NewDirectory
+from nanochat.retrieval.create import RETRIEVER_TYPES, TEXT_SETTINGS, create_retriever, setting_names
 from nanochat.retrieval.document import Document
+from nanochat.retrieval.encoding import EncodedOnce
 from nanochat.retrieval.retriever import Retriever
-from nanochat.retrieval.store import DocumentStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEPT_VERSIONS = 2
 _VERSION_NAME = re.compile(r"v\d{4,}")
 _BUILDING = ".building-"
-# Settings that shaped the index: another value needs another build. The embedding model is checked by its hash instead.
-_BUILT_IN = ("language", "stem", "stop_words")
+_ENCODED = ".encoded-"
 
 
 @dataclass
@@ -65,57 +69,46 @@ class KnowledgeBase:
         return self.manifest["counts"]["documents"]
 
     @cached_property
-    def documents(self) -> DocumentStore:
+    def documents(self) -> Collection:
         with self._reading():
-            return DocumentStore.load(self.directory)
+            return Collection.load(self.directory)
 
     def retriever(self, retriever_type: str | None = None, **settings: Any) -> Retriever:
-        """The retriever that was built, or another that the base can give; settings given here override those saved."""
-        built = self.retriever_type
-        wanted = retriever_type or built
+        """The retriever that was built, or another that the base can give: simple and bm25 always, dense and hybrid if
+        it has embeddings. Settings given here override those saved."""
+        wanted = retriever_type or self.retriever_type
         saved = {name: value for name, value in self.manifest["settings"].items() if name in setting_names(wanted)}
         retriever = create_retriever(wanted, **{**saved, **settings})
-        if wanted == built or (built == "hybrid" and wanted in ("bm25", "dense")):
-            for name in _BUILT_IN:
-                if name in settings and name in saved and settings[name] != saved[name]:
-                    raise UserError(
-                        f"{self.path} was built with {name}={saved[name]}, and {name}={settings[name]} is asked for; "
-                        f"leave it out, or build again: {self.rebuild_command(wanted)}"
-                    )
+        for name in TEXT_SETTINGS:
+            if name in settings and name in saved and settings[name] != saved[name]:
+                raise UserError(
+                    f"{self.path} was built with {name}={saved[name]}, and {name}={settings[name]} is asked for; "
+                    f"leave it out, or build again: {self.rebuild_command(wanted)}"
+                )
+        if wanted in ("dense", "hybrid"):
             self._check_embedding_model(retriever)
-            with self._reading():
-                return retriever.load(self.directory)
-        if wanted == "dense" or (wanted == "hybrid" and built != "dense"):
-            raise UserError(
-                f"{self.path} was built for {built!r} and has no embeddings, which {wanted!r} needs; use {built!r}, or "
-                f"build it: {self.rebuild_command(wanted)}"
-            )
-        print0(f"note: {self.path} was built for {built!r}; building {wanted!r} in memory ({len(self):,} documents)")
-        if wanted == "hybrid":  # over the embeddings of a dense base
-            self._check_embedding_model(retriever)
-        with self._reading():
-            retriever.share_documents(self.documents)
-            if wanted == "hybrid":
-                retriever.dense.load_index(self.directory)
-                retriever.bm25.index(self.documents)
-            else:
-                retriever.index(self.documents)
+        retriever.use(self.documents)
         return retriever
 
     def _check_embedding_model(self, retriever: Retriever) -> None:
         built = self.manifest.get("embedding")
         dense = getattr(retriever, "dense", retriever)
-        applies = built and len(self) and isinstance(dense, DenseRetriever)
-        if applies and dense.encoder_hash != built["hash"]:
+        command = f"python -m nanochat.retrieval index --knowledge_base {self.path} --type {retriever.type}"
+        if not built:
+            raise UserError(
+                f"{self.path} was built for {self.retriever_type!r} and has no embeddings, which {retriever.type!r} "
+                f"needs; use {self.retriever_type!r}, or make them: {command}"
+            )
+        if len(self) and dense.encoder_hash != built["hash"]:
             raise UserError(
                 f"{self.path} was built with another embedding model, {built['model']!r} ({built['hash'][:12]}), than "
                 f"{dense.model!r} ({dense.encoder_hash[:12]}), and their vectors do not compare; use that one, or "
-                f"build again: {self.rebuild_command(retriever.type, dense.model)}"
+                f"make them anew: {command} --model {dense.model}"
             )
 
     def rebuild_command(self, retriever_type: str | None = None, model: str | None = None) -> str:
         model = model or self.manifest.get("settings", {}).get("model")
-        return _build_command(self.path, self.directory, retriever_type or self.retriever_type, model)
+        return _build_command(self.path, retriever_type or self.retriever_type, model)
 
     def verify(self) -> None:
         """Read every file and compare its checksum."""
@@ -154,12 +147,8 @@ def open_knowledge_base(path: str | Path, verify: bool = False) -> KnowledgeBase
     if not _VERSION_NAME.fullmatch(version) or not (path / version).is_dir():
         raise UserError(f"{path} is damaged (CURRENT names {version!r}); build it again: {_build_command(path)}")
     manifest = _read_manifest(path, version)
-    for name, entry in manifest["files"].items():
-        file = path / version / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["size"]:
-            reason = f"{name} is missing" if size is None else f"{name} has {size} bytes, not {entry['size']}"
-            raise UserError(_damaged(path, version, reason, manifest))
+    if (reason := _missing_file(path / version, manifest)) is not None:
+        raise UserError(_damaged(path, version, reason, manifest))
     knowledge_base = KnowledgeBase(path, version, manifest)
     if verify:
         knowledge_base.verify()
@@ -175,9 +164,9 @@ def _read_manifest(path: Path, version: str) -> dict[str, Any]:
     if found != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {found}, this program reads {FORMAT_VERSION}; build it again: "
-            + _build_command(path, path / version, manifest.get("retriever") if isinstance(manifest, dict) else None)
+            + _build_command(path, manifest.get("retriever") if isinstance(manifest, dict) else None)
         )
-    wanted = {"retriever": str, "settings": dict, "counts": dict, "files": dict}
+    wanted = {"retriever": str, "settings": dict, "counts": dict, "segments": dict, "files": dict}
     for name, kind in wanted.items():
         if not isinstance(manifest.get(name), kind):
             raise UserError(_damaged(path, version, f"manifest.json has no {name}", {}))
@@ -186,28 +175,49 @@ def _read_manifest(path: Path, version: str) -> dict[str, Any]:
 
 def _is_half_built(path: Path) -> bool:
     return any(
-        _VERSION_NAME.fullmatch(name) or name.startswith(_BUILDING) or name == ".lock" for name in os.listdir(path)
+        _VERSION_NAME.fullmatch(name) or name.startswith((_BUILDING, _ENCODED)) or name == ".lock"
+        for name in os.listdir(path)
     )
 
 
 def _damaged(path: Path, version: str, reason: str, manifest: dict[str, Any]) -> str:
-    # the documents in the base are offered as the source only while they are whole themselves
-    entry = manifest.get("files", {}).get("documents.jsonl", {})
-    documents = path / version / "documents.jsonl"
-    whole = documents.is_file() and entry.get("sha256") == _sha256(documents)
     model = manifest.get("settings", {}).get("model")
-    command = _build_command(path, path / version if whole else None, manifest.get("retriever"), model)
-    return f"{path} is damaged ({version}: {reason}); build it again: {command}"
+    before = [name for name in _versions(path) if name != version and _whole(path, name)]
+    command = _build_command(path, manifest.get("retriever"), model)
+    back = (
+        f"go back to {before[-1]}: python -m nanochat.retrieval rollback --knowledge_base {path}, or " if before else ""
+    )
+    return f"{path} is damaged ({version}: {reason}); {back}build it again: {command}"
 
 
-def _build_command(
-    path: str | Path, version: Path | None = None, retriever_type: str | None = None, model: str | None = None
-) -> str:
-    has_documents = version is not None and (version / "documents.jsonl").is_file()
-    documents = version / "documents.jsonl" if has_documents else "DOCUMENTS.jsonl"
+def _build_command(path: str | Path, retriever_type: str | None = None, model: str | None = None) -> str:
     retriever_type = retriever_type if retriever_type in RETRIEVER_TYPES else "bm25"
-    command = f"python -m nanochat.retrieval --documents {documents} --output {path} --type {retriever_type}"
+    command = f"python -m nanochat.retrieval --documents DOCUMENTS.jsonl --output {path} --type {retriever_type}"
     return command + (f" --model {model}" if model and retriever_type in ("dense", "hybrid") else "")
+
+
+def _versions(path: Path) -> list[str]:
+    """Oldest first."""
+    found = [name for name in os.listdir(path) if _VERSION_NAME.fullmatch(name)] if path.is_dir() else []
+    return sorted(found, key=lambda name: int(name[1:]))
+
+
+def _whole(path: Path, version: str) -> bool:
+    """Whether all files of a version have their sizes."""
+    try:
+        manifest = _read_manifest(path, version)
+    except UserError:
+        return False
+    return _missing_file(path / version, manifest) is None
+
+
+def _missing_file(directory: Path, manifest: dict[str, Any]) -> str | None:
+    for name, entry in manifest["files"].items():
+        file = directory / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["size"]:
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes, not {entry['size']}"
+    return None
 
 
 # --- writing
@@ -216,37 +226,81 @@ def _build_command(
 def build_knowledge_base(
     documents: Iterable[Document], output: str | Path, retriever_type: str = "simple", **settings: Any
 ) -> KnowledgeBase:
-    """Index the documents and make them the live version of the base at output, whether there was one before or not."""
-    output = Path(output)
-    retriever = create_retriever(retriever_type, **settings)
-    documents = list(documents)  # all of them are read and checked before anything is written
-    with _writer(output):
-        retriever.add(documents)
-        return _write_version(output, retriever)
+    """Index the documents and make them the live version of the base at output, whether there was one before or not.
+    They are taken one by one; where one is refused, nothing is changed."""
+    return _fresh(Path(output), documents, create_retriever(retriever_type, **settings))
 
 
 def add_documents(path: str | Path, documents: Iterable[Document], **settings: Any) -> KnowledgeBase:
     """A new version with these documents too; one whose id is there already is replaced."""
-    documents = list(documents)
-    return _change(Path(path), lambda retriever: retriever.add(documents), settings)
+    return _change(path, settings, lambda retriever, new_directory: retriever.add(documents, new_directory))
 
 
 def delete_documents(path: str | Path, ids: Iterable[str], **settings: Any) -> KnowledgeBase:
     """A new version without these documents. The version before still has them, until the next change."""
-    ids = list(ids)
-    return _change(Path(path), lambda retriever: retriever.delete(ids), settings)
+    return _change(path, settings, lambda retriever, new_directory: retriever.delete(ids, new_directory))
 
 
-def _change(path: Path, change: Any, settings: dict[str, Any]) -> KnowledgeBase:
+def _change(path: str | Path, settings: dict[str, Any], change: Callable[[Retriever, NewDirectory], None]):
     open_knowledge_base(path)  # a missing or damaged base is told before a lock is made in it
-    with _writer(path):
+    with _writer(Path(path)) as write:
         retriever = open_knowledge_base(path).retriever(**settings)
-        change(retriever)
-        return _write_version(path, retriever)
+        return write(retriever, lambda new_directory: change(retriever, new_directory))
+
+
+def add_embeddings(path: str | Path, retriever_type: str = "hybrid", **settings: Any) -> KnowledgeBase:
+    """A new version with the embeddings of the documents that are there, for dense or hybrid search."""
+    knowledge_base = open_knowledge_base(path)
+    saved = {
+        name: v for name, v in knowledge_base.manifest["settings"].items() if name in setting_names(retriever_type)
+    }
+    retriever = create_retriever(retriever_type, **{**saved, **settings})
+    if retriever.encoding() is None:
+        raise UserError(f"{retriever_type!r} has no embeddings; give --type dense or --type hybrid")
+    return _fresh(Path(path), knowledge_base.documents, retriever)
+
+
+def _fresh(path: Path, documents: Iterable[Document], retriever: Retriever) -> KnowledgeBase:
+    """A version from nothing but these documents; vectors that an older one or an unfinished build has are kept."""
+    with _writer(path) as write:
+        if retriever.encoding() is None:
+            return write(retriever, lambda new_directory: retriever.add(documents, new_directory))
+        hashed = retriever.embedding_info()["hash"]
+        encode = EncodedOnce(retriever.encoding(), path / (_ENCODED + hashed[:16]), _same_model(path, hashed))
+        made = write(retriever, lambda new_directory: retriever.add(documents, new_directory, encode))
+        encode.remove()
+        return made
+
+
+def _same_model(path: Path, hashed: str) -> Collection | None:
+    """The live version's documents, if their embeddings are of this model."""
+    try:
+        knowledge_base = open_knowledge_base(path)
+        built = knowledge_base.manifest["embedding"]
+        return knowledge_base.documents if built and built["hash"] == hashed else None
+    except UserError:
+        return None
+
+
+def rollback(path: str | Path) -> KnowledgeBase:
+    """The version before the live one becomes live again, as a new version."""
+    path = Path(path)
+    with _writer(path):
+        live = live_version(path)
+        before = [name for name in _versions(path) if live is None or int(name[1:]) < int(live[1:])]
+        if not before or not _whole(path, before[-1]):
+            raise UserError(f"{path} has no whole version before {live}; nothing was done")
+        building = _new_building(path)
+        try:
+            shutil.copytree(path / before[-1], building, copy_function=_link, dirs_exist_ok=True)
+            return _make_live(path, building)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
-def _writer(path: Path) -> Iterator[None]:
+def _writer(path: Path) -> Iterator[Callable[..., KnowledgeBase]]:
     """Be the only one that writes this base; whatever killed builds have left is removed first."""
     existed = path.exists()
     if existed and not path.is_dir():
@@ -261,9 +315,9 @@ def _writer(path: Path) -> Iterator[None]:
             _lock(lock, path)
             _remove_leftovers(path)
             try:
-                yield
+                yield functools.partial(_write_version, path)
             except BaseException:
-                if not existed:
+                if not existed and not list(path.glob(_ENCODED + "*")):
                     shutil.rmtree(path, ignore_errors=True)  # nothing was there, nothing stays
                 raise
     except OSError as error:
@@ -284,14 +338,14 @@ def _lock(lock: Any, path: Path) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     """Unfinished builds, and versions that were finished but never became live."""
-    live = _live_version(path)
+    live = live_version(path)
     for name in os.listdir(path):
         orphan = _VERSION_NAME.fullmatch(name) and (live is None or int(name[1:]) > int(live[1:]))
         if name.startswith(_BUILDING) or orphan:
             shutil.rmtree(path / name, ignore_errors=True)
 
 
-def _live_version(path: Path) -> str | None:
+def live_version(path: Path) -> str | None:
     try:
         version = (path / "CURRENT").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -299,66 +353,103 @@ def _live_version(path: Path) -> str | None:
     return version if _VERSION_NAME.fullmatch(version) else None
 
 
-def _write_version(path: Path, retriever: Retriever) -> KnowledgeBase:
-    live = _live_version(path)
-    version = f"v{int(live[1:]) + 1 if live else 1:04d}"
-    building = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=path))
+def _write_version(path: Path, retriever: Retriever, change: Callable[[NewDirectory], None]) -> KnowledgeBase:
+    """The retriever's documents after the change, as the live version."""
+    building = _new_building(path)
+    old_files, old_segments = {}, {}
+    live = live_version(path)
+    if live and retriever.documents.segments:  # a change of what is there: its segments are shared
+        old = _read_manifest(path, live)
+        old_files, old_segments = old["files"], old["segments"]
+    numbers = itertools.count(1 + max((int(name[1:5]) for name in old_files if name[0] == "s"), default=0))
     try:
-        building.chmod(0o777 & ~_umask())  # mkdtemp makes it private; others may read a knowledge base
-        retriever.save(building)
-        manifest = _make_manifest(building, retriever)
-        if live:
-            _link_unchanged(building, path / live, manifest)
+        change(lambda: building / f"s{next(numbers):04d}")
+        dense = getattr(retriever, "dense", retriever)
+        info = retriever.embedding_info() if hasattr(retriever, "embedding_info") else None
+        kept, counts = set(), {}
+        for segment in retriever.documents.segments:
+            directory = building / segment.directory.name
+            kept.add(directory.name)
+            if segment.directory != directory:
+                _share(segment.directory, directory)
+            elif info and dense.index_of(segment) is not None:
+                ann.write(dense.index_of(segment), directory / "index.faiss")
+            segment.save_dead(directory)
+            counts[directory.name] = {"documents": segment.living, "deleted": len(segment.dead)}
+            if info:
+                known = old_segments.get(directory.name, {}).get("recall_at_10")
+                found = known or ann.recall(dense.index_of(segment), segment.embeddings)
+                counts[directory.name]["recall_at_10"] = found
+        for name in os.listdir(building):  # what was merged into another segment on the way
+            if name not in kept:
+                shutil.rmtree(building / name)
+        if info:
+            (building / "embedding_model.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "retriever": retriever.type,
+            "settings": retriever.settings(),
+            "embedding": info,
+            "counts": {"documents": len(retriever)},
+            "segments": counts,
+            "files": _entries(building, path / live if live else None, old_files),
+        }
         (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for directory, _, files in os.walk(building):
-            for name in files:
-                _flush(Path(directory) / name)
-            _flush(Path(directory))
-        os.rename(building, path / version)
+        return _make_live(path, building)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _new_building(path: Path) -> Path:
+    building = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=path))
+    building.chmod(0o777 & ~_umask())  # mkdtemp makes it private; others may read a knowledge base
+    return building
+
+
+def _make_live(path: Path, building: Path) -> KnowledgeBase:
+    live = live_version(path)
+    version = f"v{int(live[1:]) + 1 if live else 1:04d}"
+    for directory, _, files in os.walk(building):
+        for name in files:
+            file = Path(directory) / name
+            if file.stat().st_nlink == 1:  # a shared one was flushed when it was written
+                _flush(file)
+        _flush(Path(directory))
+    os.rename(building, path / version)
     _flush(path)
     atomic_write_text(path / "CURRENT", version + "\n")
-    versions = sorted(
-        (name for name in os.listdir(path) if _VERSION_NAME.fullmatch(name)), key=lambda name: int(name[1:])
-    )
-    for old in versions[:-KEPT_VERSIONS]:
+    for old in _versions(path)[:-KEPT_VERSIONS]:
         shutil.rmtree(path / old, ignore_errors=True)
-    return KnowledgeBase(path, version, manifest)
+    return KnowledgeBase(path, version, _read_manifest(path, version))
 
 
-def _make_manifest(directory: Path, retriever: Retriever) -> dict[str, Any]:
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    info = getattr(retriever, "embedding_info", None)
-    return {
-        "format_version": FORMAT_VERSION,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "retriever": retriever.type,
-        "settings": retriever.settings(),
-        "embedding": info() if info else None,
-        "counts": {"documents": len(retriever)},
-        "files": {
-            file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
-            for file in files
-        },
-    }
+def _share(source: Path, target: Path) -> None:
+    """The same files by hard link, but for the deletions, which every version has its own of."""
+    for directory, _, files in os.walk(source):
+        into = target / Path(directory).relative_to(source)
+        into.mkdir()
+        for name in files:
+            if name not in ("dead.npy", "dead_terms.npy"):
+                _link(Path(directory) / name, into / name)
 
 
-def _link_unchanged(building: Path, old: Path, manifest: dict[str, Any]) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     try:
-        old_files = json.loads((old / "manifest.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # sharing saves space only; a damaged old version is no reason to fail
-    for name, entry in manifest["files"].items():
-        # what is shared is the file, not what the old manifest says of it: it may have been damaged since
-        if old_files.get(name) == entry and (old / name).is_file() and _sha256(old / name) == entry["sha256"]:
-            link = building / (name + ".link")
-            try:
-                os.link(old / name, link)
-            except OSError:
-                return  # a file system without hard links
-            os.replace(link, building / name)
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _entries(building: Path, live: Path | None, old_files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of every file; a shared one keeps the checksum that it was written with."""
+    entries = {}
+    for file in sorted(file for file in building.rglob("*") if file.is_file()):
+        name = file.relative_to(building).as_posix()
+        shared = live is not None and name in old_files and (live / name).is_file() and file.samefile(live / name)
+        entries[name] = old_files[name] if shared else {"size": file.stat().st_size, "sha256": _sha256(file)}
+    return entries
 
 
 def _sha256(path: Path) -> str:

@@ -8,14 +8,20 @@ for document in manager.retrieve("return policy", top_k=3):
 from __future__ import annotations
 
 import copy
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError
 from nanochat.retrieval.create import create_retriever
 from nanochat.retrieval.document import Document
-from nanochat.retrieval.knowledge_base import open_knowledge_base
+from nanochat.retrieval.knowledge_base import live_version, open_knowledge_base
+
+CACHED_QUERIES = 4096
 
 
 class RetrievalManager:
@@ -31,8 +37,20 @@ class RetrievalManager:
 
         retriever_type: the one the base was built with if None. knowledge_base: another name for knowledge_base_path.
         settings: those of the retriever (k1, b, alpha, model, ...), in place of the ones the base was built with.
+        retriever_type="client", url="http://...": a base on another machine (nanochat.retrieval.serve).
         """
+        self.settings = settings
+        self._asked_type = retriever_type
+        self._cache: OrderedDict[Any, list[Document]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._looked = time.monotonic()
         path = knowledge_base_path if knowledge_base_path is not None else knowledge_base
+        self.knowledge_base = None
+        if retriever_type == "client":
+            from nanochat.retrieval.client import RetrievalClient
+
+            self.retriever = RetrievalClient(**settings)
+            return
         if (path is None) == (documents is None):
             raise UserError(
                 "RetrievalManager needs a knowledge base (knowledge_base_path=...) or documents=[...]: one of them"
@@ -41,7 +59,6 @@ class RetrievalManager:
             self.knowledge_base = open_knowledge_base(path)
             self.retriever = self.knowledge_base.retriever(retriever_type, **settings)
         else:
-            self.knowledge_base = None
             self.retriever = create_retriever(retriever_type or "bm25", **settings)
             self.retriever.add(d if isinstance(d, Document) else Document.from_dict(d) for d in documents or ())
 
@@ -52,13 +69,64 @@ class RetrievalManager:
     def __len__(self) -> int:
         return len(self.retriever)
 
-    def retrieve(self, query: str, top_k: int = 5) -> list[Document]:
-        """The best documents for one query, best first."""
-        return self.retriever.search([query], top_k)[0]
+    def retrieve(self, query: str, top_k: int = 5, where: dict[str, Any] | None = None) -> list[Document]:
+        """The best documents for one query, best first; where: only those with such metadata
+        (nanochat.retrieval.filters)."""
+        return self.search([query], top_k, where)[0]
 
-    def search(self, queries: list[str], top_k: int = 5) -> list[list[Document]]:
+    def search(self, queries: list[str], top_k: int = 5, where: dict[str, Any] | None = None) -> list[list[Document]]:
         """The same for many queries at once, which is faster than one by one."""
-        return self.retriever.search(queries, top_k)
+        return self.search_with_version(queries, top_k, where)[1]
+
+    def search_with_version(
+        self, queries: list[str], top_k: int = 5, where: dict[str, Any] | None = None
+    ) -> tuple[str | None, list[list[Document]]]:
+        """And the version of the knowledge base that answered. What was asked before of this version is remembered."""
+        self.refresh()
+        with self._lock:
+            version, retriever = self.version, self.retriever
+        if version is None or len(queries) > CACHED_QUERIES:  # a training set goes by once, and has a cache of its own
+            return version, retriever.search(queries, top_k, where)
+        keys = [(version, top_k, repr(where), query) for query in queries]
+        with self._lock:
+            known = {key: self._cache[key] for key in keys if key in self._cache}
+        asked = list(dict.fromkeys(query for query, key in zip(queries, keys, strict=True) if key not in known))
+        for query, found in zip(asked, retriever.search(asked, top_k, where), strict=True):
+            known[(version, top_k, repr(where), query)] = found
+        with self._lock:
+            for key in keys:
+                self._cache[key] = known[key]
+                self._cache.move_to_end(key)
+            while len(self._cache) > CACHED_QUERIES:
+                self._cache.popitem(last=False)
+        return version, [[replace(d, metadata=dict(d.metadata)) for d in known[key]] for key in keys]
+
+    @property
+    def version(self) -> str | None:
+        return self.knowledge_base.version if self.knowledge_base is not None else None
+
+    def refresh(self, now: bool = False) -> bool:
+        """Open the base anew if there is a newer version; looked for once a second, or now. Searches under way go on
+        with the old one."""
+        if self.knowledge_base is None:
+            return False
+        with self._lock:
+            if not now and time.monotonic() - self._looked < 1:
+                return False
+            self._looked = time.monotonic()
+        if live_version(self.knowledge_base.path) in (None, self.version):
+            return False
+        old, knowledge_base = self.knowledge_base, open_knowledge_base(self.knowledge_base.path)
+        same = all(
+            old.manifest[name] == knowledge_base.manifest[name] for name in ("retriever", "settings", "embedding")
+        )
+        if same:  # its embedding model need not be loaded again
+            retriever = self.retriever.over(knowledge_base.documents)
+        else:
+            retriever = knowledge_base.retriever(self._asked_type, **self.settings)
+        with self._lock:
+            self.knowledge_base, self.retriever = knowledge_base, retriever
+        return True
 
     def augment_conversation(self, conversation: dict[str, Any], top_k: int = 5) -> dict[str, Any]:
         """A copy with the documents for the last user message put right before it."""

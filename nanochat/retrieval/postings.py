@@ -1,78 +1,154 @@
-"""The inverted index under `simple` and `bm25`: for each term, the documents that have it and how often.
+"""The inverted index of one segment: for each term, the documents that have it and how often.
 
-Compressed sparse rows in NumPy arrays, term by term. Only counts are kept, never weights: a weight depends on the whole
-collection (how many documents, how long, how rare the term), so it is computed when a query asks. That is what makes
-adding and deleting exact: the arrays become what a fresh build would have made.
+Compressed sparse rows in NumPy arrays, term by term, mapped from disk when loaded. Only counts are kept, never weights:
+a weight depends on the whole collection (how many documents, how long, how rare the term), so it is computed when a
+query asks, and stays right after every add and delete.
 
-    N documents, V different terms, Z postings (pairs of a term and a document that has it)
+A term is known by 64 bits of its BLAKE2b hash: vocabularies of any size are then sorted arrays, looked up without being
+loaded and merged without touching a string. Two of two million different terms share a hash with probability 1e-7.
+
+What a posting weighs follows from how often the term stands in the document and how long that is. Such pairs are few,
+so a posting holds the number of its pair: a search reads weights from a small table, made for the statistics of the
+day, and never asks for the length of a document, which would be a cache miss for each posting.
+
+    N documents, V different terms, Z postings (pairs of a term and a document that has it), C pairs (count, length)
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanochat.retrieval.analysis import Analyzer
-from nanochat.retrieval.document import Document
-from nanochat.retrieval.retriever import Retriever, best_rows
-from nanochat.retrieval.store import load_array
+
+BLOCK = 16_000_000  # characters of text that are held until they become postings
+MOST_WORDS = 2_000_000  # that are remembered
+_NONE = np.iinfo(np.int32).max
+
+
+class BlockBuilder:
+    """Texts to postings. Keeps what it knows about words from one block to the next."""
+
+    def __init__(self, analyzer: Analyzer):
+        self.analyzer = analyzer
+        self._forget()
+
+    def _forget(self) -> None:
+        self.word_ids = self.analyzer.word_ids()
+        self.hashes = np.zeros(0, dtype=np.uint64)
+
+    def build(self, texts: list[str]) -> Postings:
+        if len(self.word_ids) > MOST_WORDS:
+            self._forget()
+        ids, lengths = self.word_ids.of_texts(texts)
+        terms = self.word_ids.terms
+        new = [hash64.__wrapped__(term) for term in terms[len(self.hashes) :]]
+        self.hashes = np.concatenate([self.hashes, np.array(new, dtype=np.uint64)])
+        there = np.flatnonzero(np.bincount(ids, minlength=len(terms)))
+        order = there[np.argsort(self.hashes[there])]
+        place = np.zeros(len(terms), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        # one integer for (term, document): sorting it groups each pair's repeats, in the order the postings need
+        N = max(len(lengths), 1)
+        pairs = place[ids] * N
+        pairs += np.repeat(np.arange(len(lengths)), lengths)
+        pairs.sort()
+        first = np.flatnonzero(np.diff(pairs, prepend=-1))
+        counts = np.diff(first, append=len(pairs))
+        term_of_pair, docs = np.divmod(pairs[first], N)
+        starts = np.searchsorted(term_of_pair, np.arange(len(order) + 1))
+        return Postings.of(self.hashes[order], starts, docs.astype(np.int32), counts, lengths.astype(np.int32))
+
+
+@lru_cache(1 << 16)
+def hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass
 class Postings:
-    terms: list[str]  # (V,) sorted
+    hashes: np.ndarray  # (V,) uint64, ascending
     starts: np.ndarray  # (V + 1,) int64: the postings of term t are starts[t] : starts[t + 1]
     docs: np.ndarray  # (Z,) int32 rows, ascending within a term
-    counts: np.ndarray  # (Z,) how often the term stands in that document
+    codes: np.ndarray  # (Z,) row of pairs: how often the term stands in that document, and how long that is
+    pairs: np.ndarray  # (C, 2) int32, ascending
     lengths: np.ndarray  # (N,) int32: terms in each document, repeats counted
-
-    @cached_property
-    def term_of(self) -> dict[str, int]:
-        return {term: t for t, term in enumerate(self.terms)}
+    shortest: np.ndarray  # (V, 3) int32: length of the shortest document that has the term once, twice, more often
+    most: np.ndarray  # (V,) int32: the largest count
 
     @classmethod
-    def build(cls, texts: Iterable[str], analyzer: Analyzer) -> Postings:
-        terms, ids, lengths = analyzer.term_ids(texts)
-        order = sorted(range(len(terms)), key=terms.__getitem__)
-        place = np.empty(len(terms), dtype=np.int64)
-        place[order] = np.arange(len(terms))
-        docs = np.repeat(np.arange(len(lengths)), lengths)
-        # one integer for (term, document): sorting it groups each pair's repeats, in the order the postings need
-        pairs = np.sort(place[ids] * len(lengths) + docs)
-        first = np.flatnonzero(np.diff(pairs, prepend=-1))
-        counts = np.diff(first, append=len(pairs))
-        pairs = pairs[first]
-        term_of_pair, docs = np.divmod(pairs, max(len(lengths), 1))
-        starts = np.searchsorted(term_of_pair, np.arange(len(terms) + 1))
-        return cls([terms[t] for t in order], starts, docs.astype(np.int32), _small(counts), lengths.astype(np.int32))
+    def build(cls, texts: Iterable[str], analyzer: Analyzer, directory: Path | None = None) -> Postings:
+        """From texts in any number, block by block. With a directory for what is not merged yet, and more than one
+        processor, a second process builds blocks too (nanochat.retrieval.helper)."""
+        builder, helper = BlockBuilder(analyzer), None
+        blocks: list[Any] = []  # postings, or the promise of them
+        try:
+            for number, some in enumerate(_in_blocks(texts)):
+                if number == 1 and directory is not None and (os.cpu_count() or 1) > 1:
+                    from nanochat.retrieval.helper import Helper
 
-    def append(self, other: Postings) -> Postings:
-        """These documents followed by the other's."""
-        terms = sorted(self.term_of.keys() | other.term_of.keys())
-        term_of = {term: t for t, term in enumerate(terms)}
-        parts = [
-            (part, np.array([term_of[term] for term in part.terms], dtype=np.int64), first_row)
-            for part, first_row in ((self, 0), (other, len(self.lengths)))
-        ]
-        sizes = np.zeros(len(terms), dtype=np.int64)
-        for part, place, _ in parts:
+                    helper = Helper(analyzer, directory)
+                blocks.append(helper.build(some) if helper and helper.is_free() else builder.build(some))
+            return cls.merge([block if isinstance(block, Postings) else block.result() for block in blocks])
+        finally:
+            if helper is not None:
+                helper.close()
+
+    @classmethod
+    def of(cls, hashes, starts, docs, counts, lengths) -> Postings:
+        """`shortest` and `most` bound what a posting of a term can weigh, whatever the mean length and the settings."""
+        codes, pairs = _encode(counts, lengths[docs])
+        shortest = np.full((len(hashes), 3), _NONE, dtype=np.int32)
+        most = np.zeros(len(hashes), dtype=np.int32)
+        if len(hashes):
+            of_posting, first = lengths[docs], starts[:-1]
+            for column, such in enumerate((counts == 1, counts == 2, counts > 2)):
+                shortest[:, column] = np.minimum.reduceat(np.where(such, of_posting, _NONE), first)
+            most[:] = np.maximum.reduceat(counts, first)
+        return cls(hashes, starts.astype(np.int64), docs, codes, pairs, lengths, shortest, most)
+
+    def counts(self, span: slice = slice(None)) -> np.ndarray:
+        """How often a term stands in a document, for these postings."""
+        return self.pairs[:, 0][self.codes[span]]
+
+    @classmethod
+    def merge(cls, parts: Sequence[Postings]) -> Postings:
+        """The parts' documents one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        hashes = np.unique(np.concatenate([part.hashes for part in parts]))
+        places = [np.searchsorted(hashes, part.hashes) for part in parts]
+        sizes = np.zeros(len(hashes), dtype=np.int64)
+        shortest = np.full((len(hashes), 3), _NONE, dtype=np.int32)
+        most = np.zeros(len(hashes), dtype=np.int32)
+        for part, place in zip(parts, places, strict=True):
             sizes[place] += np.diff(part.starts)
+            shortest[place] = np.minimum(shortest[place], part.shortest)
+            most[place] = np.maximum(most[place], part.most)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+        pairs = np.unique(np.concatenate([part.pairs for part in parts]), axis=0)
         docs = np.empty(starts[-1], dtype=np.int32)
-        counts = np.empty(starts[-1], dtype=np.promote_types(self.counts.dtype, other.counts.dtype))
-        next_free = starts[:-1].copy()
-        for part, place, first_row in parts:
-            sizes = np.diff(part.starts)
-            target = np.repeat(next_free[place] - part.starts[:-1], sizes) + np.arange(len(part.docs))
-            docs[target] = part.docs + np.int32(first_row)
-            counts[target] = part.counts
-            next_free[place] += sizes
-        return Postings(terms, starts, docs, counts, np.concatenate([self.lengths, other.lengths]))
+        codes = np.empty(starts[-1], dtype=np.min_scalar_type(max(len(pairs) - 1, 0)))
+        next_free, first_row = starts[:-1].copy(), 0
+        for part, place in zip(parts, places, strict=True):
+            recoded = _rows_in(part.pairs, pairs).astype(codes.dtype)
+            for few in _runs_of_terms(part.starts):
+                s, e = part.starts[few.start], part.starts[few.stop]
+                sizes = np.diff(part.starts[few.start : few.stop + 1])
+                target = np.repeat(next_free[place[few]] - part.starts[few], sizes) + np.arange(s, e)
+                docs[target] = part.docs[s:e] + np.int32(first_row)
+                codes[target] = recoded[part.codes[s:e]]
+            next_free[place] += np.diff(part.starts)
+            first_row += len(part.lengths)
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(hashes, starts, docs, codes, pairs, lengths, shortest, most)
 
     def keep(self, mask: np.ndarray) -> Postings:
         """Only the documents where mask is true, rows renumbered, terms that none of them has left out."""
@@ -82,119 +158,81 @@ class Postings:
         sizes = np.diff(kept_before[self.starts])
         used = sizes > 0
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes[used])])
-        terms = [self.terms[t] for t in np.flatnonzero(used)]
-        return Postings(terms, starts, new_row[self.docs[kept]], _small(self.counts[kept]), self.lengths[mask])
+        docs, counts = new_row[self.docs[kept]], self.counts(kept)
+        return self.of(self.hashes[used], starts, docs, counts, self.lengths[mask])
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """Term numbers, -1 for those that no document has."""
+        if not len(self.hashes):
+            return np.full(len(hashes), -1)
+        place = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        return np.where(self.hashes[place] == hashes, place, -1)
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "terms.txt").write_bytes("".join(term + "\n" for term in self.terms).encode())
-        for name in ("starts", "docs", "counts", "lengths"):
-            np.save(directory / f"{name}.npy", getattr(self, name))
+        for field in fields(self):
+            np.save(directory / f"{field.name}.npy", getattr(self, field.name))
 
     @classmethod
     def load(cls, directory: Path) -> Postings:
-        terms = (directory / "terms.txt").read_bytes().decode().split("\n")[:-1]
-        arrays = {name: load_array(directory / f"{name}.npy") for name in ("starts", "docs", "counts", "lengths")}
-        if len(arrays["starts"]) != len(terms) + 1 or arrays["starts"][-1] != len(arrays["docs"]):
+        loaded = cls(*(load_array(directory / f"{field.name}.npy") for field in fields(cls)))
+        V = len(loaded.hashes)
+        fit = len(loaded.starts) == V + 1 and loaded.starts[-1] == len(loaded.docs) == len(loaded.codes)
+        if not fit or loaded.shortest.shape != (V, 3) or loaded.most.shape != (V,):
             raise ValueError(f"{directory}: its files do not fit together")
-        return cls(terms, **arrays)
+        return loaded
 
 
-def _small(counts: np.ndarray) -> np.ndarray:
-    """Counts are nearly always below 256: the smallest type that holds them is a quarter of the memory to read."""
-    return counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
+def _encode(counts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, pairs) of postings with these counts and document lengths."""
+    if not len(counts):
+        return np.zeros(0, dtype=np.uint8), np.zeros((0, 2), dtype=np.int32)
+    # numbers for the counts and lengths that occur, then for the pairs of them that do: no sorting of postings
+    (counts_there, count_number), (lengths_there, length_number) = _numbered(counts), _numbered(lengths)
+    both = count_number[counts] * len(lengths_there) + length_number[lengths]
+    pairs_there, pair_number = _numbered(both)
+    codes = pair_number.astype(np.min_scalar_type(len(pairs_there) - 1))[both]
+    count, length = np.divmod(pairs_there, len(lengths_there))
+    return codes, np.stack([counts_there[count], lengths_there[length]], axis=1).astype(np.int32)
 
 
-class LexicalRetriever(Retriever):
-    """What `simple` and `bm25` share: they differ in how a posting and a query term are weighted."""
-
-    def __init__(self, language: str = "english", stem: bool = True, stop_words: bool = True):
-        super().__init__()
-        self.language, self.stem, self.stop_words = language, stem, stop_words
-        self.analyzer = Analyzer(language, stem, stop_words)
-        self.postings = Postings.build([], self.analyzer)
-
-    # --- what a subclass says
-
-    @abstractmethod
-    def query_weights(self, terms: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The weight of each query term (given as term numbers and how often the query has them)."""
-
-    @abstractmethod
-    def posting_weights(self, docs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The weight of one term in the documents that have it, so many times each."""
-
-    def collection_changed(self) -> None:
-        """Recompute what depends on all documents."""
-
-    # --- searching
-
-    def _query_terms(self, query: str) -> list[tuple[int, float]]:
-        """(term number, weight) for the query's known terms, in a fixed order so that sums come out the same always."""
-        known = [t for t in map(self.postings.term_of.get, self.analyzer.terms(query)) if t is not None]
-        if not known:
-            return []
-        terms, counts = np.unique(known, return_counts=True)
-        return list(zip(terms.tolist(), self.query_weights(terms, counts).tolist(), strict=True))
-
-    def rank(self, queries: list[str], top_k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        postings = self.postings
-        sums = np.zeros(len(self.documents))  # zero again after each query, so that a query costs what it touches
-        ranked = []
-        for query in queries:
-            terms = self._query_terms(query)
-            touched = []
-            for term, weight in terms:
-                of_term = slice(postings.starts[term], postings.starts[term + 1])
-                docs = postings.docs[of_term]
-                sums[docs] += weight * self.posting_weights(docs, postings.counts[of_term])
-                touched.append(docs)
-            rows = np.concatenate(touched) if touched else np.zeros(0, dtype=np.int32)
-            scores = sums[rows]
-            sums[rows] = 0.0
-            if len(touched) > 1:  # a document stands here once for each term it has, so at most that many times
-                rows, scores = _distinct(*best_rows(rows, scores, top_k * len(touched), None))
-            ranked.append(best_rows(rows, scores, top_k, self.documents.id_rank))
-        return ranked
-
-    def score_rows(self, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
-        return [self._score_rows(query, of_query) for query, of_query in zip(queries, rows, strict=True)]
-
-    def _score_rows(self, query: str, rows: np.ndarray) -> np.ndarray:
-        postings = self.postings
-        sums = np.zeros(len(rows))
-        for term, weight in self._query_terms(query):
-            start, end = postings.starts[term], postings.starts[term + 1]
-            place = start + np.searchsorted(postings.docs[start:end], rows)
-            found = (place < end) & (postings.docs[np.minimum(place, end - 1)] == rows)
-            sums[found] += weight * self.posting_weights(rows[found], postings.counts[place[found]])
-        return sums
-
-    # --- changing
-
-    def prepare(self, documents: Iterable[Document]) -> Postings:
-        # the title is part of the text: it often holds the words that the passage only refers to
-        return Postings.build((f"{document.title}\n{document.content}" for document in documents), self.analyzer)
-
-    def append_index(self, prepared: Postings) -> None:
-        self.postings = self.postings.append(prepared) if len(self.postings.lengths) else prepared
-        self.collection_changed()
-
-    def keep_index(self, mask: np.ndarray) -> None:
-        self.postings = self.postings.keep(mask)
-        self.collection_changed()
-
-    def save_index(self, directory: Path) -> None:
-        self.postings.save(directory / self.type)
-
-    def load_index(self, directory: Path) -> None:
-        self.postings = Postings.load(directory / self.type)
-        self.collection_changed()
-
-    def settings(self) -> dict:
-        return {"language": self.language, "stem": self.stem, "stop_words": self.stop_words}
+def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values, ascending, and for each value up to the largest its number among them."""
+    there = np.zeros(int(values.max()) + 1, dtype=bool)
+    there[values] = True
+    return np.flatnonzero(there), np.cumsum(there, dtype=np.int32) - 1
 
 
-def _distinct(rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows, first = np.unique(rows, return_index=True)
-    return rows, scores[first]
+def _rows_in(some: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Where the rows of `some` stand in `pairs`, which has them all."""
+    keys, wanted = (rows[:, 0].astype(np.int64) << 32 | rows[:, 1] for rows in (pairs, some))
+    return np.searchsorted(keys, wanted)
+
+
+def _in_blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """At least one, so that no text at all has postings too."""
+    some, size = [], 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= BLOCK:
+            yield some
+            some, size = [], 0
+    yield some
+
+
+def _runs_of_terms(starts: np.ndarray, postings: int = 1 << 22) -> Iterable[slice]:
+    """Terms in runs of so many postings, or one term that has more: so that work on them takes bounded memory."""
+    at, V = 0, len(starts) - 1
+    while at < V:
+        end = max(at + 1, int(np.searchsorted(starts, starts[at] + postings, side="right")) - 1)
+        yield slice(at, end)
+        at = end
+
+
+def load_array(path: Path) -> np.ndarray:
+    """A saved array, mapped: read from disk as it is used. Plain ndarray, since np.memmap is slow to slice."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except ValueError:
+        return np.load(path, allow_pickle=False)  # an array without elements cannot be mapped

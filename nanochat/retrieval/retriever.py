@@ -1,4 +1,4 @@
-"""What every retriever over a document store does the same way: the contract the rest of the project relies on.
+"""What every retriever over a collection does the same way: the contract the rest of the project relies on.
 
     search(queries, top_k)  the best documents for each query, best first, equal scores in the order of their ids
     score(query, ids)       the exact scores of given documents (fusing two retrievers needs it)
@@ -11,55 +11,59 @@ After any adds and deletes the results equal those of a retriever built afresh f
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanochat.common import UserError
+from nanochat.retrieval.analysis import Analyzer
+from nanochat.retrieval.collection import Collection, Masks, NewDirectory
 from nanochat.retrieval.document import Document
-from nanochat.retrieval.store import DocumentStore
+from nanochat.retrieval.segment import Encode, Segment, build_segment
+
+SEGMENT_DOCUMENTS = 2_000_000
+"""A build begins a new segment after so many, so that its memory is bounded."""
 
 
 class Retriever(ABC):
     type = ""
 
-    def __init__(self) -> None:
-        self.documents = DocumentStore()
+    def __init__(
+        self, language: str = "english", stem: bool = True, stop_words: bool = True, title_weight: int = 1
+    ) -> None:
+        if title_weight < 0:
+            raise UserError(f"title_weight is {title_weight}; it is how often the title's words count, 0 or more")
+        self.language, self.stem, self.stop_words, self.title_weight = language, stem, stop_words, title_weight
+        self.analyzer = Analyzer(language, stem, stop_words)
+        self.documents = Collection()
 
-    # --- what a subclass says; documents are rows of the store here
+    # --- what a subclass says; documents are rows of the collection here
 
     @abstractmethod
-    def rank(self, queries: list[str], top_k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(rows, scores) of each query's best documents, in order."""
+    def rank(
+        self, documents: Collection, queries: list[str], top_k: int, masks: Masks
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(rows, scores) of each query's best documents that the masks allow, in order."""
 
     @abstractmethod
-    def score_rows(self, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
+    def score_rows(self, documents: Collection, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
         """The exact scores of given documents, for each query its own."""
 
-    @abstractmethod
-    def prepare(self, documents: Iterable[Document]) -> Any:
-        """The costly part of adding, which may fail; nothing is changed yet."""
-
-    @abstractmethod
-    def append_index(self, prepared: Any) -> None: ...
-
-    @abstractmethod
-    def keep_index(self, mask: np.ndarray) -> None: ...
-
-    @abstractmethod
-    def save_index(self, directory: Path) -> None: ...
-
-    @abstractmethod
-    def load_index(self, directory: Path) -> None: ...
-
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What is needed to make this retriever again; JSON values only."""
+        names = ("language", "stem", "stop_words", "title_weight")
+        return {name: getattr(self, name) for name in names}
 
-    def share_documents(self, documents: DocumentStore) -> None:
+    def encoding(self) -> Encode | None:
+        """Texts of documents to vectors, where the retriever works with such."""
+        return None
+
+    def use(self, documents: Collection) -> None:
+        """Search this collection from now on."""
         self.documents = documents
 
     # --- the contract
@@ -67,83 +71,85 @@ class Retriever(ABC):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def search(self, queries: list[str], top_k: int = 5) -> list[list[Document]]:
+    def search(
+        self, queries: list[str], top_k: int = 5, where: dict[str, Any] | None = None, explain: bool = False
+    ) -> list[list[Document]]:
+        """where: only documents with such metadata (nanochat.retrieval.filters). explain: each document says where each
+        part of the retriever had it."""
         if isinstance(queries, str):
             raise TypeError("search takes a list of queries; for one query: search([query])")
         if top_k < 1:
             raise UserError(f"top_k is {top_k}; it must be at least 1")
         asked = [index for index, query in enumerate(queries) if query.strip()]
         results: list[list[Document]] = [[] for _ in queries]
-        if len(self.documents) and asked:
-            ranked = self.rank([queries[index] for index in asked], min(top_k, len(self.documents)))
-            for index, (rows, scores) in zip(asked, ranked, strict=True):
-                results[index] = [
-                    self._document(row, score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
-                ]
+        documents = self.documents
+        if len(documents) and asked:
+            some, k = [queries[index] for index in asked], min(top_k, len(documents))
+            masks = documents.masks(where)
+            ranked = self.rank(documents, some, k, masks)
+            reasons = self.explain(documents, some, ranked, masks) if explain else None
+            for place, (index, (rows, scores)) in enumerate(zip(asked, ranked, strict=True)):
+                results[index] = [documents[row] for row in rows.tolist()]
+                for at, (document, score) in enumerate(zip(results[index], scores.tolist(), strict=True)):
+                    document.score = score
+                    if reasons:
+                        document.explanation = reasons[place][at]
         return results
 
-    def _document(self, row: int, score: float) -> Document:
-        document = self.documents[row]
-        document.score = score
-        return document
+    def explain(
+        self, documents: Collection, queries: list[str], ranked: list[tuple[np.ndarray, np.ndarray]], masks: Masks
+    ) -> list[list[dict[str, Any]]]:
+        """For each document found, {part: {"rank", "score"}}; the rank is missing where the part did not propose it."""
+        return [
+            [{self.type: {"rank": rank, "score": score}} for rank, score in enumerate(scores.tolist(), 1)]
+            for _, scores in ranked
+        ]
 
     def score(self, query: str, ids: list[str]) -> list[float]:
-        return self.score_rows([query], [self.documents.rows(ids)])[0].tolist()
+        documents = self.documents
+        return self.score_rows(documents, [query], [documents.rows(ids)])[0].tolist()
 
-    def add(self, documents: Iterable[Document]) -> None:
-        documents = list(documents)
-        ids = {document.id for document in documents}
-        if len(ids) < len(documents):
-            seen: set[str] = set()
-            twice = next(document.id for document in documents if document.id in seen or seen.add(document.id))
-            raise UserError(f"id {twice!r} occurs twice among the documents to add; make ids unique")
-        if not documents:
-            return
-        prepared = self.prepare(documents)
-        if len(self.documents):
-            replaced = [id for id in ids if id in self.documents]
-            if replaced:
-                self.delete(replaced)
-        store = self.documents.append(documents)
-        self.share_documents(store)
-        self.append_index(prepared)
+    def over(self, documents: Collection) -> Retriever:
+        """The same over another collection; a search under way goes on over this one."""
+        twin = copy.copy(self)
+        twin.use(documents)
+        return twin
 
-    def index(self, documents: DocumentStore) -> None:
-        """Build from documents that are in a store already; they are not copied."""
-        prepared = self.prepare(documents)
-        self.share_documents(documents)
-        self.append_index(prepared)
+    def add(
+        self,
+        documents: Iterable[Document],
+        new_directory: NewDirectory | None = None,
+        encode: Encode | None = None,
+    ) -> None:
+        """new_directory: names the directory of each new segment; without it they are in memory. encode: in place of
+        this retriever's own encoding()."""
+        changed = self.documents
+        for segment in self._segments(iter(documents), new_directory, encode or self.encoding()):
+            changed = changed.with_segment(segment, self.analyzer, self.title_weight)
+        if changed is not self.documents:
+            self.use(changed.merged(new_directory))
 
-    def delete(self, ids: Iterable[str]) -> None:
+    def _segments(
+        self, documents: Iterator[Document], new_directory: NewDirectory | None, encode: Encode | None
+    ) -> Iterator[Segment]:
+        while True:
+            directory = new_directory() if new_directory else None
+            segment = build_segment(documents, self.analyzer, self.title_weight, directory, encode, SEGMENT_DOCUMENTS)
+            if segment is None:
+                return
+            yield segment
+
+    def delete(self, ids: Iterable[str], new_directory: NewDirectory | None = None) -> None:
         if isinstance(ids, str):
             raise TypeError("delete takes ids; for one document: delete([id])")
-        mask = np.ones(len(self.documents), dtype=bool)
-        mask[self.documents.rows(ids)] = False
-        self.share_documents(self.documents.keep(mask))
-        self.keep_index(mask)
+        rows = np.unique(self.documents.rows(ids))
+        self.use(self.documents.without(rows, self.analyzer, self.title_weight).merged(new_directory))
 
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.documents.save(directory)
-        self.save_index(directory)
 
     def load(self, directory: str | Path) -> Retriever:
-        directory = Path(directory)
-        self.share_documents(DocumentStore.load(directory))
-        self.load_index(directory)
+        self.use(Collection.load(Path(directory)))
         return self
-
-
-def best_rows(
-    rows: np.ndarray, scores: np.ndarray, top_k: int, id_rank: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The top_k best, best first, equal scores by id. Without id_rank: no order, and all that tie with the last too."""
-    if len(scores) > top_k:
-        worst = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
-        good = scores >= worst
-        rows, scores = rows[good], scores[good]
-    if id_rank is None:
-        return rows, scores
-    order = np.lexsort((id_rank[rows], -scores))[:top_k]
-    return rows[order], scores[order]

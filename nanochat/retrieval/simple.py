@@ -7,41 +7,59 @@ approaches in automatic text retrieval" (1988); the smoothing is scikit-learn's 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
-from nanochat.retrieval.postings import LexicalRetriever
+from nanochat.retrieval.lexical import LexicalRetriever, Terms
+from nanochat.retrieval.postings import Postings
 
 
 class SimpleRetriever(LexicalRetriever):
     type = "simple"
 
-    def __init__(self, language: str = "english", stem: bool = True, stop_words: bool = True, sublinear: bool = True):
+    def __init__(
+        self,
+        language: str = "english",
+        stem: bool = True,
+        stop_words: bool = True,
+        title_weight: int = 1,
+        sublinear: bool = True,
+    ):
         self.sublinear = sublinear
-        self.norms = np.zeros(0)
-        super().__init__(language, stem, stop_words)
+        super().__init__(language, stem, stop_words, title_weight)
 
-    def collection_changed(self) -> None:
-        postings = self.postings
-        idf = np.repeat(self._idf(np.arange(len(postings.terms))), np.diff(postings.starts))
-        squares = (self._damped(postings.counts) * idf) ** 2
-        self.norms = np.sqrt(np.bincount(postings.docs, squares, minlength=len(postings.lengths)))
+    def idf(self, n: int, N: int) -> float:
+        return 1 + math.log((1 + N) / (1 + n))
 
-    def _idf(self, terms: np.ndarray) -> np.ndarray:
-        starts = self.postings.starts
-        n = starts[terms + 1] - starts[terms]
-        return 1 + np.log((1 + len(self.postings.lengths)) / (1 + n))
-
-    def _damped(self, counts: np.ndarray) -> np.ndarray:
-        return 1 + np.log(counts, dtype=np.float64) if self.sublinear else counts.astype(np.float64)
-
-    def query_weights(self, terms: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        idf = self._idf(terms)
-        weights = self._damped(counts) * idf
+    def query_weights(self, idf: Sequence[float], counts: Sequence[int]) -> list[float]:
+        damped = [1 + math.log(count) if self.sublinear else count for count in counts]
+        weights = [rarity * count for rarity, count in zip(idf, damped, strict=True)]
+        length = math.sqrt(sum(weight * weight for weight in weights))
         # the second idf is the document's: the same for all its postings, so it is multiplied in once, here
-        return weights / np.sqrt(np.sum(weights**2)) * idf
+        return [weight / length * rarity for weight, rarity in zip(weights, idf, strict=True)]
 
-    def posting_weights(self, docs: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        return self._damped(counts) / self.norms[docs]
+    def posting_weights(self, terms: Terms) -> list[tuple[np.ndarray, np.ndarray]]:
+        """One pass over all postings: a document's length as a vector depends on how rare its terms are by now."""
+        hashes = np.unique(np.concatenate([part.hashes for part in terms.parts]))
+        n = np.zeros(len(hashes), dtype=np.int64)
+        for part, (dead, counts) in zip(terms.parts, terms.dead, strict=True):
+            place = np.searchsorted(hashes, part.hashes)
+            n[place] += np.diff(part.starts)
+            n[place[dead]] -= counts
+        idf = 1 + np.log((1 + terms.N) / (1 + np.maximum(n, 1)))
+        found = []
+        for part in terms.parts:
+            counts = part.pairs[:, 0]
+            table = 1 + np.log(counts) if self.sublinear else counts.astype(np.float64)
+            idf_of_posting = np.repeat(idf[np.searchsorted(hashes, part.hashes)], np.diff(part.starts))
+            squares = np.bincount(part.docs, (table[part.codes] * idf_of_posting) ** 2, minlength=len(part.lengths))
+            found.append((table, 1 / np.sqrt(np.where(squares > 0, squares, 1))))
+        return found
+
+    def largest_weight(self, postings: Postings, term: int, terms: Terms) -> float:
+        return math.inf  # it depends on the documents' other words
 
     def settings(self) -> dict:
         return {**super().settings(), "sublinear": self.sublinear}

@@ -1,37 +1,40 @@
-"""The documents under a retriever: JSON lines behind an array of offsets, parsed when they are asked for.
+"""The documents of one segment: JSON lines behind an array of offsets, parsed when they are asked for.
 
-A document is known by its row. In memory and on disk the store is the same thing, one run of bytes and its offsets;
-opened from disk the bytes are mapped, so a base of any size opens at once and only the documents that are shown are
-ever read.
+A document is known by its row. In memory and on disk the store is the same thing, one run of bytes and its offsets; a
+base of any size opens at once, and only the documents that are shown are ever read. Ids are found by their 64-bit
+hashes and checked against the document itself.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import mmap
-from collections.abc import Iterable, Iterator
+import os
+import threading
+from array import array
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanochat.common import UserError
 from nanochat.retrieval.document import Document
+from nanochat.retrieval.postings import hash64, load_array
+
+_ARRAYS = ("offsets", "id_hashes", "id_rows", "id_rank", "field_starts", "field_rows")
 
 
 class DocumentStore:
-    """Never changed in place: `append` and `keep` give a new store, so that a search under way keeps its rows."""
+    """Never changed. offsets (N + 1,): where each line begins; id_hashes (N,) ascending, id_rows (N,) whose they are;
+    id_rank (N,): the place of each row when sorted by id. fields: [name, value] of all metadata, the rows that have
+    the i-th being field_rows[field_starts[i] : field_starts[i + 1]]."""
 
-    def __init__(
-        self, data: bytes | mmap.mmap = b"", offsets: np.ndarray | None = None, id_rank: np.ndarray | None = None
-    ):
-        self._data = data
-        self.offsets = np.zeros(1, dtype=np.int64) if offsets is None else offsets  # (rows + 1,) where each line begins
-        self._id_rank = id_rank
-
-    @classmethod
-    def from_documents(cls, documents: Iterable[Document]) -> DocumentStore:
-        return cls().append(list(documents))
+    def __init__(self, data: bytes | _File, arrays: dict[str, np.ndarray], fields: Any):
+        self._data, self._fields = data, fields
+        self.arrays = arrays
+        self.offsets, self.id_rank = arrays["offsets"], arrays["id_rank"]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -45,76 +48,135 @@ class DocumentStore:
     def __iter__(self) -> Iterator[Document]:
         return (self[row] for row in range(len(self)))
 
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        """id -> row. Reads every document once, so only what needs it pays: adding, deleting, scoring by id."""
-        return {document.id: row for row, document in enumerate(self)}
+    def ids(self) -> list[str]:
+        return [document.id for document in self]
+
+    def row_of(self, id: str) -> int:
+        """-1 if no document has this id."""
+        hashes, wanted = self.arrays["id_hashes"], np.uint64(hash64.__wrapped__(id))
+        for place in range(int(np.searchsorted(hashes, wanted)), len(hashes)):
+            if hashes[place] != wanted:
+                break
+            row = int(self.arrays["id_rows"][place])
+            if self[row].id == id:
+                return row
+        return -1
 
     @cached_property
-    def id_rank(self) -> np.ndarray:
-        """(rows,) the place of each row when sorted by id: equal scores are ordered by it."""
-        if self._id_rank is not None:
-            return self._id_rank
-        rows = [self._row_of[id] for id in sorted(self._row_of)]
-        rank = np.empty(len(rows), dtype=np.int32)
-        rank[rows] = np.arange(len(rows), dtype=np.int32)
-        return rank
+    def fields(self) -> dict[str, dict[tuple[bool, Any], list[int]]]:
+        """name -> (whether it is a boolean, value) -> fields. Read when a filter first asks."""
+        pairs = json.loads(self._fields.read_bytes()) if isinstance(self._fields, Path) else self._fields
+        found: dict[str, dict[tuple[bool, Any], list[int]]] = {}
+        for number, (name, value) in enumerate(pairs):
+            found.setdefault(name, {}).setdefault((isinstance(value, bool), value), []).append(number)
+        return found
 
-    def __contains__(self, id: str) -> bool:
-        return id in self._row_of
-
-    def rows(self, ids: Iterable[str]) -> np.ndarray:
-        ids = list(ids)
-        unknown = [id for id in ids if id not in self._row_of]
-        if unknown:
-            shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
-            raise UserError(
-                f"{len(unknown)} of {len(ids)} ids are not in the knowledge base: {shown}; nothing was done"
-            )
-        return np.array([self._row_of[id] for id in ids], dtype=np.int64)
-
-    def append(self, documents: list[Document]) -> DocumentStore:
-        lines = [
-            json.dumps(document.to_dict(with_score=False), ensure_ascii=False).encode() + b"\n"
-            for document in documents
-        ]
-        lengths = np.array([len(line) for line in lines], dtype=np.int64)
-        offsets = np.concatenate([self.offsets, self.offsets[-1] + np.cumsum(lengths)])
-        store = DocumentStore(b"".join([self._data[:], *lines]), offsets)
-        # the ids are at hand here: no line is parsed for them again
-        first = len(self)
-        new_rows = {document.id: first + index for index, document in enumerate(documents)}
-        store.__dict__["_row_of"] = {**(self._row_of if first else {}), **new_rows}
-        return store
-
-    def keep(self, mask: np.ndarray) -> DocumentStore:
-        """Only the rows where mask is true, in the same order."""
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-        runs = [(self.offsets[start], self.offsets[end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
-        lengths = np.diff(self.offsets)[mask]
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        return DocumentStore(b"".join(self._data[start:end] for start, end in runs), offsets)
+    def rows_with(self, field: int) -> np.ndarray:
+        starts = self.arrays["field_starts"]
+        return self.arrays["field_rows"][starts[field] : starts[field + 1]]
 
     def save(self, directory: Path) -> None:
         (directory / "documents.jsonl").write_bytes(self._data[:])
-        np.save(directory / "offsets.npy", self.offsets)
-        np.save(directory / "id_rank.npy", self.id_rank)
+        self._save_rest(directory)
+
+    def _save_rest(self, directory: Path) -> None:
+        (directory / "fields.json").write_text(json.dumps(self._fields, ensure_ascii=False), encoding="utf-8")
+        for name in _ARRAYS:
+            np.save(directory / f"{name}.npy", self.arrays[name])
 
     @classmethod
     def load(cls, directory: Path) -> DocumentStore:
-        path = directory / "documents.jsonl"
-        with open(path, "rb") as file:
-            # an empty file cannot be mapped
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-        offsets = load_array(directory / "offsets.npy")
-        if offsets.ndim != 1 or len(offsets) == 0 or offsets[-1] != len(data):
-            raise ValueError(f"{directory / 'offsets.npy'} does not fit {path.name}")
-        return cls(data, offsets, load_array(directory / "id_rank.npy"))
+        arrays = {name: load_array(directory / f"{name}.npy") for name in _ARRAYS}
+        data = _File(directory / "documents.jsonl")
+        if arrays["offsets"].ndim != 1 or len(arrays["offsets"]) == 0 or arrays["offsets"][-1] != len(data):
+            raise ValueError(f"{directory / 'offsets.npy'} does not fit documents.jsonl")
+        return cls(data, arrays, directory / "fields.json")
 
 
-def load_array(path: Path) -> np.ndarray:
-    """A saved array, mapped: read from disk as it is used. Plain ndarray, since np.memmap is slow to slice."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    except ValueError:
-        return np.load(path, allow_pickle=False)  # an array without elements cannot be mapped
+class StoreWriter:
+    """Documents one by one into a store, in memory or in a directory."""
+
+    def __init__(self, directory: Path | None = None):
+        self.directory = directory
+        self._file = io.BytesIO() if directory is None else open(directory / "documents.jsonl", "wb", 1 << 20)  # noqa: SIM115
+        self._offsets = array("q", [0])
+        self._ids: list[str] = []
+        self._field_numbers: dict[str, int] = {}
+        self._field_rows: list[array] = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, document: Document) -> None:
+        line = document.to_line()
+        row = len(self._ids)
+        for name, value in _field_values(document) if document.source or document.metadata else ():
+            key = json.dumps([name, value], ensure_ascii=False)
+            number = self._field_numbers.setdefault(key, len(self._field_numbers))
+            if number == len(self._field_rows):
+                self._field_rows.append(array("i"))
+            if not self._field_rows[number] or self._field_rows[number][-1] != row:
+                self._field_rows[number].append(row)
+        self._file.write(line)
+        self._offsets.append(self._offsets[-1] + len(line))
+        self._ids.append(document.id)
+
+    def finish(self) -> DocumentStore:
+        N = len(self._ids)
+        hashes = np.array([hash64.__wrapped__(id) for id in self._ids], dtype=np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        for at in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
+            if self._ids[order[at]] == self._ids[order[at + 1]]:
+                raise UserError(f"id {self._ids[order[at]]!r} occurs twice among the documents to add; make ids unique")
+        id_rank = np.empty(N, dtype=np.int32)
+        id_rank[sorted(range(N), key=self._ids.__getitem__)] = np.arange(N, dtype=np.int32)
+        sizes = [len(rows) for rows in self._field_rows]
+        rows = [np.frombuffer(rows, dtype=np.int32) for rows in self._field_rows]
+        arrays = {
+            "offsets": np.array(self._offsets, dtype=np.int64),
+            "id_hashes": hashes[order],
+            "id_rows": order.astype(np.int32),
+            "id_rank": id_rank,
+            "field_starts": np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)]),
+            "field_rows": np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32),
+        }
+        fields = [json.loads(key) for key in self._field_numbers]
+        if self.directory is None:
+            return DocumentStore(self._file.getvalue(), arrays, fields)
+        self._file.close()
+        store = DocumentStore(_File(self.directory / "documents.jsonl"), arrays, fields)
+        store._save_rest(self.directory)
+        return store
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _field_values(document: Document) -> Iterator[tuple[str, Any]]:
+    """What filters see: the source, and metadata that are a string, a number or a boolean, or a list of such."""
+    if document.source:
+        yield "source", document.source
+    for name, value in document.metadata.items():
+        for item in value if isinstance(value, list) else (value,):
+            if isinstance(item, (str, bool, int, float)):
+                yield name, item
+
+
+class _File:
+    """Bytes of a file as a slice. Read, not mapped: pages around each document would stay in memory."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._size = os.fstat(self._file.fileno()).st_size
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, span: slice) -> bytes:
+        start, stop, _ = span.indices(self._size)
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), stop - start, start)
+        with self._lock:
+            self._file.seek(start)
+            return self._file.read(stop - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from nanochat.retrieval import Document, RetrievalManager
-from nanochat.retrieval.document import write_jsonl
+from nanochat.retrieval.document import read_documents, write_jsonl
 
 POLICIES = [
     Document("policy_001", "Return Policy", "Customers can return items within 30 days with the original receipt."),
@@ -46,6 +47,7 @@ def documents(tmp_path):
 def test_build_and_search(documents, tmp_path, retriever_type, word):
     output = run(*word, "--documents", documents, "--output", tmp_path / "kb", "--type", retriever_type)
     assert "3 documents" in output and "MB" in output and f"wrote {tmp_path}/kb/v0001" in output
+    assert f"built {retriever_type}: 3 documents" in output
     output = run("--search", "how to return an item", "--knowledge_base", tmp_path / "kb", "--top_k", "2")
     lines = output.splitlines()
     assert lines[0].split()[0] == "1." and "policy_001  Return Policy" in lines[0]
@@ -68,6 +70,30 @@ def test_long_texts_are_cut_and_nothing_found_is_said(documents, tmp_path):
     assert "nothing found" in run("--search", "xyzzy", "--knowledge_base", tmp_path / "kb")
 
 
+def test_a_base_lives(documents, tmp_path):
+    base = ("--knowledge_base", tmp_path / "kb")
+    run("build", "--documents", documents, "--output", tmp_path / "kb", "--type", "bm25")
+    more = [Document("late", "Late", "Parcels may come late.", "mail.txt", {"lang": "en", "year": 2024})]
+    write_jsonl(tmp_path / "more.jsonl", more)
+    assert "added: 1 documents" in run("add", "--documents", tmp_path / "more.jsonl", *base)
+    assert "late  Late" in run("search", "parcels", *base)
+    assert "late" in run("search", "parcels", "--where", "lang=en,year>=2024", *base)
+    assert "nothing found" in run("search", "parcels", "--where", "lang=de", *base)
+    found = [json.loads(line) for line in run("search", "receipt", "--json", "true", *base).splitlines()]
+    assert [document["id"] for document in found] == ["policy_001"] and found[0]["score"] > 0
+    assert "deleted: 2" in run("delete", "--ids", "late,faq_001", *base)
+    assert "nothing found" in run("search", "parcels", *base)
+    stats = json.loads(run("stats", "--json", "true", *base))
+    assert (stats["documents"], stats["version"], stats["retriever"]) == (2, "v0003", "bm25")
+    assert "documents                      2" in run("stats", *base)
+    assert "have their checksums" in run("verify", *base)
+    assert "4 documents" in run("rollback", *base) and "late" in run("search", "parcels", *base)
+    (tmp_path / "ids").write_text("late\n\npolicy_002\n")
+    run("delete", "--ids_file", tmp_path / "ids", *base)
+    assert "wrote 2 documents" in run("export", "--output", tmp_path / "out.jsonl", *base)
+    assert {document.id for document in read_documents(tmp_path / "out.jsonl")} == {"policy_001", "faq_001"}
+
+
 def test_bad_documents_write_nothing(documents, tmp_path):
     with open(documents, "ab") as file:
         file.write(b'{"id": "x"')
@@ -86,6 +112,12 @@ def test_bad_documents_write_nothing(documents, tmp_path):
         (["--document", "d.jsonl"], "did you mean --documents"),
         (["--type", "bm52"], "bm25"),
         (["--top_k", "five"], "five"),
+        (["search"], 'search "text"'),
+        (["stats"], "--knowledge_base DIRECTORY"),
+        (["delete", "--knowledge_base", "nowhere"], "--ids"),
+        (["add", "--knowledge_base", "nowhere"], "--documents"),
+        (["delete", "--ids", "a", "--knowledge_base", "nowhere"], "no knowledge base at nowhere"),
+        (["search", "x", "--where", "lang", "--knowledge_base", "nowhere"], "nowhere"),
         (["prepare"], "prepare"),
     ],
 )

@@ -14,12 +14,13 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.retrieval import Document, RetrievalManager
-from nanochat.retrieval.document import read_documents
 from nanochat.retrieval.knowledge_base import (
     add_documents,
+    add_embeddings,
     build_knowledge_base,
     delete_documents,
     open_knowledge_base,
+    rollback,
 )
 
 TYPES = ["simple", "bm25", "dense", "hybrid"]
@@ -77,10 +78,8 @@ def test_adds_and_deletes_make_new_versions(tmp_path, retriever_type):
     deleted = delete_documents(tmp_path, ["d1", "d9"], **settings)
     assert (deleted.version, len(deleted)) == ("v0003", 8)
     assert ids(tmp_path, **settings) == ["d0", *(f"d{n}" for n in range(2, 9))]
-    # only the living documents are in the file, the last two versions in the directory
-    assert {document.id for document in read_documents(deleted.directory / "documents.jsonl")} == {"d0"} | {
-        f"d{n}" for n in range(2, 9)
-    }
+    # the last two versions are in the directory
+    assert {document.id for document in deleted.documents} == {"d0"} | {f"d{n}" for n in range(2, 9)}
     assert sorted(name for name in os.listdir(tmp_path) if name[0] != ".") == ["CURRENT", "v0002", "v0003"]
 
 
@@ -101,33 +100,49 @@ def test_an_old_reader_goes_on_reading_its_version(tmp_path):
     assert len(old.search(["common"], 100)[0]) == 8 and len(ids(tmp_path)) == 6
 
 
-def test_unchanged_files_are_shared_and_changed_ones_are_not(tmp_path):
-    first = build(tmp_path, "bm25")
-    second = build(tmp_path, "simple")
-    third = add_documents(tmp_path, documents(1, first=8))
+def test_segments_are_shared_between_versions(tmp_path):
+    first = build(tmp_path, "hybrid")
+    second = add_documents(tmp_path, documents(1, first=8), **encoder_for("hybrid"))
+    third = delete_documents(tmp_path, ["d3"], **encoder_for("hybrid"))
+    assert list(third.manifest["segments"]) == ["s0001", "s0002"]
+    for name, entry in first.manifest["files"].items():
+        if name.startswith("s0001"):
+            assert second.manifest["files"][name] == third.manifest["files"][name] == entry
+            assert (second.directory / name).samefile(third.directory / name)
+    assert third.manifest["segments"]["s0001"] == {"documents": 7, "deleted": 1, "recall_at_10": 1.0}
+    assert "s0001/dead.npy" in third.manifest["files"] and "s0001/dead.npy" not in second.manifest["files"]
+    assert len(ids(tmp_path, **encoder_for("hybrid"))) == 8
 
-    def inode(knowledge_base, name):
-        return (knowledge_base.directory / name).stat().st_ino
 
-    assert len({inode(knowledge_base, "offsets.npy") for knowledge_base in (second, third)}) == 2
-    assert second.manifest["files"]["documents.jsonl"] == first.manifest["files"]["documents.jsonl"]
-    fourth = build_knowledge_base(third.documents, tmp_path, "bm25")
-    assert inode(third, "documents.jsonl") == inode(fourth, "documents.jsonl")
-    assert len(ids(tmp_path)) == 9
-
-
-def test_a_damaged_file_is_not_shared(tmp_path):
-    first = build(tmp_path)
-    file = first.directory / "documents.jsonl"
-    file.write_bytes(file.read_bytes().replace(b"common", b"Common"))
+def test_segments_are_merged_on_the_way(tmp_path):
     build(tmp_path)
-    assert len(ids(tmp_path)) == 8
+    for n in range(8, 20):
+        knowledge_base = add_documents(tmp_path, documents(1, first=n))
+        assert len(ids(tmp_path)) == n + 1 and len(knowledge_base.manifest["segments"]) < 8
+        names = {name for name in os.listdir(knowledge_base.directory) if name[0] == "s"}
+        assert names == set(knowledge_base.manifest["segments"])
+    knowledge_base = delete_documents(tmp_path, [f"d{n}" for n in range(0, 15)])
+    assert ids(tmp_path) == sorted(f"d{n}" for n in range(15, 20))
+    assert sum(segment["deleted"] for segment in knowledge_base.manifest["segments"].values()) <= 2
+
+
+def test_a_version_before_comes_back(tmp_path):
+    build(tmp_path)
+    with pytest.raises(UserError, match="no whole version before"):
+        rollback(tmp_path)
+    deleted = delete_documents(tmp_path, ["d1"])
+    assert len(ids(tmp_path)) == 7
+    assert rollback(tmp_path).version == "v0003" and len(ids(tmp_path)) == 8
+    assert len(deleted) == 7
+    (open_knowledge_base(tmp_path).directory / "s0001" / "offsets.npy").unlink()
+    with pytest.raises(UserError, match=r"damaged .*go back to v0002: .* rollback --knowledge_base"):
+        open_knowledge_base(tmp_path)
 
 
 def test_the_manifest_says_what_the_base_is(tmp_path):
     knowledge_base = build(tmp_path, "hybrid", k1=1.2, alpha=0.7)
     manifest = json.loads((knowledge_base.directory / "manifest.json").read_text())
-    assert manifest["format_version"] == 1 and manifest["retriever"] == "hybrid"
+    assert manifest["format_version"] == 2 and manifest["retriever"] == "hybrid"
     assert manifest["settings"]["k1"] == 1.2 and manifest["settings"]["alpha"] == 0.7
     assert manifest["embedding"] == {"model": "letters", "dimension": 26, "hash": "letters-1"}
     assert manifest["counts"] == {"documents": 8}
@@ -137,7 +152,7 @@ def test_the_manifest_says_what_the_base_is(tmp_path):
         if file.is_file()
     }
     assert on_disk - {"manifest.json"} == set(manifest["files"])
-    assert {"bm25/docs.npy", "embeddings.npy", "documents.jsonl", "offsets.npy"} <= on_disk
+    assert {"s0001/postings/docs.npy", "s0001/embeddings.npy", "s0001/documents.jsonl"} <= on_disk
 
 
 def test_saved_settings_come_back_and_given_ones_win(tmp_path):
@@ -164,11 +179,11 @@ def test_nothing_is_pickled(tmp_path):
             return (os.mkdir, (str(tmp_path / "trapped"),))
 
     knowledge_base = build(tmp_path / "kb")
-    file = knowledge_base.directory / "bm25" / "docs.npy"
+    file = knowledge_base.directory / "s0001" / "postings" / "docs.npy"
     np.save(file, np.array([Trap()], dtype=object))  # what an attacker would leave there
     manifest_file = knowledge_base.directory / "manifest.json"
     manifest = json.loads(manifest_file.read_text())
-    manifest["files"]["bm25/docs.npy"]["size"] = file.stat().st_size
+    manifest["files"]["s0001/postings/docs.npy"]["size"] = file.stat().st_size
     manifest_file.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="damaged"):
         open_knowledge_base(tmp_path / "kb").retriever()
@@ -178,44 +193,35 @@ def test_nothing_is_pickled(tmp_path):
 # --- other retrievers than the one that was built
 
 
-def test_words_only_retrievers_are_built_in_memory_with_a_note(tmp_path, capsys):
-    build(tmp_path, "bm25")
-    manager = RetrievalManager("simple", tmp_path)
-    assert manager.retriever_type == "simple" and manager.retrieve("word3", 1)[0].id == "d3"
-    assert capsys.readouterr().out.count("note:") == 1
+@pytest.mark.parametrize("built", TYPES)
+def test_every_base_serves_words_and_one_with_embeddings_serves_all(tmp_path, built):
+    build(tmp_path, built)
+    queries = ["word3", "common text"]
+    for wanted in TYPES:
+        settings = encoder_for(wanted)
+        if wanted in ("dense", "hybrid") and built in ("simple", "bm25"):
+            with pytest.raises(UserError, match=rf"index --knowledge_base {tmp_path} --type {wanted}"):
+                RetrievalManager(wanted, tmp_path, **settings)
+        else:
+            found = RetrievalManager(wanted, tmp_path, **settings).search(queries, 8)
+            assert found == RetrievalManager(wanted, documents=documents(), **settings).search(queries, 8)
 
 
-def test_a_hybrid_base_gives_its_parts(tmp_path, capsys):
-    build(tmp_path, "hybrid")
-    assert RetrievalManager("bm25", tmp_path).retrieve("word3", 1)[0].id == "d3"
-    assert RetrievalManager("dense", tmp_path, encoder=Encoder()).retrieve("word3", 1)
-    assert capsys.readouterr().out == ""
-
-
-def test_a_dense_base_gives_hybrid_without_encoding_again(tmp_path, capsys):
-    build(tmp_path, "dense")
-    encoder = Encoder()
-    found = RetrievalManager("hybrid", tmp_path, encoder=encoder).search(["word3", "common text"], 8)
-    assert found == RetrievalManager("hybrid", documents=documents(), encoder=encoder).search(
-        ["word3", "common text"], 8
-    )
-    assert "building 'hybrid' in memory" in capsys.readouterr().out
-    with pytest.raises(UserError, match="another embedding model"):
-        RetrievalManager("hybrid", tmp_path, encoder=Encoder("letters-2"))
-
-
-@pytest.mark.parametrize("wanted", ["dense", "hybrid"])
-def test_embeddings_that_were_not_built_are_refused(tmp_path, wanted):
-    version = build(tmp_path, "bm25").directory
-    with pytest.raises(UserError) as error:
-        RetrievalManager(wanted, tmp_path, encoder=Encoder())
-    assert f"--documents {version}/documents.jsonl --output {tmp_path} --type {wanted}" in str(error.value)
+def test_embeddings_are_added_to_a_base_that_is_there(tmp_path):
+    build(tmp_path, "bm25", k1=0.7)
+    delete_documents(tmp_path, ["d1"])
+    knowledge_base = add_embeddings(tmp_path, "hybrid", encoder=Encoder())
+    assert knowledge_base.manifest["settings"]["k1"] == 0.7 and len(ids(tmp_path, encoder=Encoder())) == 7
+    with pytest.raises(UserError, match="dense or --type hybrid"):
+        add_embeddings(tmp_path, "simple")
+    add_embeddings(tmp_path, "hybrid", encoder=Encoder("letters-2"))
+    assert len(ids(tmp_path, encoder=Encoder("letters-2"))) == 7
 
 
 @pytest.mark.parametrize("retriever_type", ["dense", "hybrid"])
 def test_another_embedding_model_is_refused(tmp_path, retriever_type):
     build(tmp_path, retriever_type)
-    with pytest.raises(UserError, match=f"another embedding model.*--type {retriever_type} --model letters"):
+    with pytest.raises(UserError, match=f"another embedding model.*index .*--type {retriever_type} --model letters"):
         RetrievalManager(knowledge_base_path=tmp_path, encoder=Encoder("letters-2"))
 
 
@@ -256,15 +262,15 @@ def test_a_half_built_base_is_told_and_can_be_built_again(tmp_path):
 
 def test_another_format_version_is_told(tmp_path):
     file = build(tmp_path).directory / "manifest.json"
-    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(UserError, match=r"format version 99.*v0001/documents.jsonl --output"):
+    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 99'))
+    with pytest.raises(UserError, match=r"format version 99.*DOCUMENTS.jsonl --output"):
         open_knowledge_base(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "grown", "manifest", "manifest is no object", "CURRENT"])
 def test_damage_is_told_at_once(tmp_path, damage):
     directory = build(tmp_path).directory
-    file = directory / "bm25" / "counts.npy"
+    file = directory / "s0001" / "postings" / "codes.npy"
     if damage == "missing":
         file.unlink()
     elif damage == "cut":
@@ -293,13 +299,6 @@ def test_a_flipped_bit_is_found_by_verify(tmp_path):
     open_knowledge_base(tmp_path, verify=True)
 
 
-def test_damaged_documents_are_not_offered_as_the_source(tmp_path):
-    file = build(tmp_path).directory / "documents.jsonl"
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"--documents DOCUMENTS.jsonl"):
-        open_knowledge_base(tmp_path)
-
-
 def test_one_writer_at_a_time(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     build(tmp_path)
@@ -322,9 +321,9 @@ def test_a_failed_first_build_leaves_nothing(tmp_path):
 
 # --- kill -9
 
-KILLED_BUILD = """
+KILLED = """
     import os, signal, sys
-    path, number = sys.argv[1], int(sys.argv[2])
+    path, number, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     calls = 0
 
     def counted(name):
@@ -337,37 +336,53 @@ KILLED_BUILD = """
             return original(*args, **kwargs)
         setattr(os, name, call)
 
+    from nanochat.retrieval import collection, knowledge_base as kb
     from nanochat.retrieval.document import Document
-    from nanochat.retrieval.knowledge_base import build_knowledge_base
     for name in ("fsync", "rename", "replace", "link"):
         counted(name)
-    build_knowledge_base([Document(f"n{i}", "", "common new") for i in range(5)], path, "bm25")
+    new = [Document(f"n{i}", "", "common new") for i in range(5)]
+    if what == "build":
+        kb.build_knowledge_base(new, path, "bm25")
+    elif what == "add":
+        kb.add_documents(path, new)
+    elif what == "merge":
+        collection.TIER = 2
+        kb.add_documents(path, new)
+    else:
+        kb.delete_documents(path, ["d0", "d1"])
 """
 
 
-def test_killed_build_keeps_old_base(tmp_path):
-    """Killed before the first call that makes something durable, the second, ..., until a build gets through."""
-    build(tmp_path)
+def killed(path, number: int, what: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path), str(number), what])
+
+
+@pytest.mark.parametrize("what", ["build", "add", "delete", "merge"])
+def test_killed_changes_keep_the_old_base(tmp_path, what):
+    """Killed before the first call that makes something durable, the second, ..., until one gets through."""
     old, new = [f"d{n}" for n in range(8)], [f"n{n}" for n in range(5)]
-    killed = 0
-    for number in range(1, 100):
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED_BUILD), str(tmp_path), str(number)])
-        found = ids(tmp_path)
+    after = {"build": new, "add": old + new, "merge": old + new, "delete": old[2:]}[what]
+    kills = 0
+    for number in range(1, 200):
+        if kills == 0 or ids(tmp_path / "kb") != old:
+            build(tmp_path / "kb")
+        done = killed(tmp_path / "kb", number, what)
+        found = ids(tmp_path / "kb")
         if done.returncode == 0:
-            assert found == new
+            assert found == after
             break
         assert done.returncode == -signal.SIGKILL
-        killed += 1
-        assert found in (old, new)
+        kills += 1
+        assert found in (old, after)
     else:
-        pytest.fail("no build got through")
-    assert killed >= 10
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".building-")]
+        pytest.fail("no change got through")
+    assert kills >= 10
+    assert not [name for name in os.listdir(tmp_path / "kb") if name.startswith(".building-")]
 
 
 def test_killed_first_build_is_told_as_half_built(tmp_path):
     path = tmp_path / "kb"
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED_BUILD), str(path), "3"])
+    done = killed(path, 3, "build")
     assert done.returncode == -signal.SIGKILL
     with pytest.raises(UserError, match=r"not finished; run it again"):
         open_knowledge_base(path)

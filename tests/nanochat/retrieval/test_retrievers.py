@@ -8,15 +8,17 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from nanochat.common import UserError
-from nanochat.retrieval import Document
+from nanochat.retrieval import Document, postings, scoring
 from nanochat.retrieval.analysis import Analyzer
 from nanochat.retrieval.create import create_retriever
-from nanochat.retrieval.postings import Postings
+from nanochat.retrieval.filters import parse_filters
+from nanochat.retrieval.postings import Postings, hash64
 
 KINDS = ["simple", "bm25", "dense", "dense without faiss", "hybrid", "hybrid rrf"]
 LEXICAL = ["simple", "bm25"]
@@ -259,16 +261,229 @@ def test_documents_without_any_term(kind):
     assert hits(retriever, ["the baun"]) == [[]]
 
 
-def test_index_arrays_after_changes_are_those_of_a_fresh_build():
+def test_index_arrays_after_changes_are_those_of_a_fresh_build(monkeypatch, tmp_path):
     analyzer = Analyzer()
     texts = [document.content for document in random_documents(90)]
-    changed = Postings.build(texts[:40], analyzer).append(Postings.build(texts[40:], analyzer))
     mask = np.arange(90) % 3 > 0
     fresh = Postings.build([text for text, kept in zip(texts, mask, strict=True) if kept], analyzer)
-    changed = changed.keep(mask)
-    assert changed.terms == fresh.terms
-    for name in ("starts", "docs", "counts", "lengths"):
-        np.testing.assert_array_equal(getattr(changed, name), getattr(fresh, name))
+    changed = Postings.merge([Postings.build(texts[:40], analyzer), Postings.build(texts[40:], analyzer)]).keep(mask)
+    monkeypatch.setattr(postings, "BLOCK", 300)
+    kept_texts = [text for text, kept in zip(texts, mask, strict=True) if kept]
+    in_blocks = Postings.build(kept_texts, analyzer)
+    with_help = Postings.build(kept_texts, analyzer, tmp_path)
+    assert list(tmp_path.glob("block-*"))
+    for other in (changed, in_blocks, with_help):
+        for field in fields(Postings):
+            np.testing.assert_array_equal(getattr(other, field.name), getattr(fresh, field.name))
+            assert getattr(other, field.name).dtype == getattr(fresh, field.name).dtype
+
+
+def test_postings_are_what_counting_finds():
+    analyzer = Analyzer()
+    documents = random_documents(50)
+    built = Postings.build([document.content for document in documents], analyzer)
+    counts = [Counter(analyzer.terms(document.content)) for document in documents]
+    assert len(built.hashes) == len({term for of_document in counts for term in of_document})
+    assert built.lengths.tolist() == [sum(of_document.values()) for of_document in counts]
+    for term in {term for of_document in counts for term in of_document}:
+        t = int(built.find(np.array([hash64(term)], dtype=np.uint64))[0])
+        span = slice(built.starts[t], built.starts[t + 1])
+        found = dict(zip(built.docs[span].tolist(), built.counts(span).tolist(), strict=True))
+        assert (built.pairs[built.codes[span], 1] == built.lengths[built.docs[span]]).all()
+        assert found == {row: of_document[term] for row, of_document in enumerate(counts) if of_document[term]}
+        assert built.most[t] == max(found.values())
+        for column, such in enumerate((lambda f: f == 1, lambda f: f == 2, lambda f: f > 2)):
+            lengths = [built.lengths[row] for row, f in found.items() if such(f)]
+            assert built.shortest[t, column] == min(lengths, default=np.iinfo(np.int32).max)
+    assert built.find(np.array([hash64("nobody")], dtype=np.uint64)) == [-1]
+
+
+def every_sum(segment, starts, ends, weights, k):
+    """The same as scoring.best, by adding up everything."""
+    scores = np.zeros(len(segment.id_rank))
+    for start, end, weight in zip(starts, ends, weights, strict=True):
+        docs, codes = segment.docs[start:end], segment.codes[start:end]
+        scores[docs] += weight * segment.weights(codes, docs)
+    if len(segment.allowed):
+        scores[~segment.allowed] = 0
+    order = np.lexsort((segment.id_rank, -scores))[:k]
+    order = order[scores[order] > 0]
+    return order, scores[order]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("simple", [False, True])
+def test_pruned_search_equals_adding_up_everything(compiled, simple, monkeypatch):
+    """Bit for bit, with many ties, few and many results, filters, bounds that are tight and bounds that are not known;
+    and the room is zero again afterwards."""
+    if compiled:
+        pytest.importorskip("numba")
+    rng = np.random.default_rng(0)
+    pruned = 0
+    for trial in range(400):
+        monkeypatch.setattr(scoring, "_SHORT", (0, 50, 10**6)[trial % 7 % 3])
+        N = int(rng.integers(1, 400)) * (500 if trial % 11 == 0 else 1)
+        sizes = np.minimum(N, rng.geometric(1 / rng.integers(2, N // 2 + 3, size=rng.integers(0, 6))))
+        sizes.sort()
+        docs = [np.sort(rng.choice(N, size, replace=False)).astype(np.int32) for size in sizes]
+        codes = [rng.integers(12, size=size).astype(np.uint8) for size in sizes]
+        ends = np.cumsum(sizes).astype(np.int64)
+        starts = ends - sizes
+        segment = scoring.Segment(
+            np.concatenate([np.zeros(0, np.int32), *docs], dtype=np.int32),
+            np.concatenate([np.zeros(0, np.uint8), *codes], dtype=np.uint8),
+            rng.integers(1, 5, 12) / 4,
+            rng.integers(1, 4, N).astype(np.float64) if simple else np.zeros(0),
+            rng.permutation(N).astype(np.int32),
+            rng.random(N) < 0.5 if trial % 3 == 0 else np.zeros(0, dtype=bool),
+        )
+        weights = np.sort(rng.integers(1, 9, len(sizes)))[::-1].astype(np.float64)
+        bounds = np.array(
+            [weight * segment.weights(c, d).max(initial=0) for weight, c, d in zip(weights, codes, docs, strict=True)]
+        )
+        if trial % 5 == 0:
+            bounds[:] = np.inf
+        room, k = scoring.Room(N, compiled), int(rng.integers(1, 30))
+        rows, scores = scoring.best(segment, room, starts, ends, weights, bounds, k, compiled)
+        expected = every_sum(segment, starts, ends, weights, k)
+        np.testing.assert_array_equal(rows, expected[0])
+        np.testing.assert_array_equal(scores, expected[1])
+        assert not room.sums.any()
+        pruned += len(rows) == k and len(sizes) > 1
+    assert pruned > 30
+
+
+@pytest.mark.parametrize("kind", LEXICAL)
+def test_compiled_search_equals_numpy(kind):
+    pytest.importorskip("numba")
+    retriever = make(kind)
+    documents = random_documents(3000, words=60)
+    retriever.add(documents[:2500])
+    retriever.add(documents[2500:])
+    retriever.delete([document.id for document in documents[::7]])
+    queries = [" ".join(document.content.split()[:6]) for document in documents[:300]]
+    found = []
+    for compiled in (False, True):
+        retriever.compiled = compiled
+        found.append(hits(retriever, queries, 20))
+    assert found[0] == found[1]
+    assert found[0] == hits(retriever, queries, 20)
+
+
+def test_many_segments_are_merged_and_the_results_stay(kind):
+    documents = random_documents(200)
+    retriever, fresh = make(kind), make(kind)
+    fresh.add(documents)
+    for start in range(0, 200, 10):
+        retriever.add(documents[start : start + 10])
+    assert 1 < len(retriever.documents.segments) < 8
+    same(hits(retriever, top_k=30), hits(fresh, top_k=30))
+    retriever.delete([document.id for document in documents[:70]])
+    assert sum(len(segment) for segment in retriever.documents.segments) < 200 * 0.95  # room was made
+    fresh = make(kind)
+    fresh.add(documents[70:])
+    same(hits(retriever, top_k=30), hits(fresh, top_k=30))
+
+
+def tagged(count: int = 120) -> list[Document]:
+    documents = random_documents(count)
+    for number, document in enumerate(documents):
+        document.source = f"file{number % 3}.txt"
+        document.metadata = {"year": 2000 + number % 10, "tags": ["a", "b"][: number % 3], "draft": number % 4 == 0}
+        if number % 5 == 0:
+            del document.metadata["year"]
+    return documents
+
+
+@pytest.mark.parametrize(
+    ("where", "passes"),
+    [
+        ({"year": 2003}, lambda d: d.metadata.get("year") == 2003),
+        ({"year": [2003, 2004, 1]}, lambda d: d.metadata.get("year") in (2003, 2004)),
+        ({"year": {"gte": 2003, "lt": 2006}}, lambda d: 2003 <= d.metadata.get("year", 0) < 2006),
+        ({"source": "file1.txt", "draft": True}, lambda d: d.source == "file1.txt" and d.metadata["draft"]),
+        ({"tags": "b"}, lambda d: "b" in d.metadata["tags"]),
+        ({"draft": 1}, lambda d: False),
+        ({"year": {"gt": "2003"}}, lambda d: False),
+        ({"nothing": "x"}, lambda d: False),
+    ],
+)
+def test_filters_leak_nothing_and_cost_nothing(kind, where, passes):
+    documents = tagged()
+    retriever = make(kind)
+    retriever.add(documents[:70])
+    retriever.add(documents[70:])
+    gone = {document.id for document in documents[3:40:4]}
+    retriever.delete(gone)
+    allowed = {document.id for document in documents if passes(document) and document.id not in gone}
+    for query in ("baun", "beun caun", "baun baun mauun myun dyun"):
+        everything = {document.id: document.score for document in retriever.search([query], 1000)[0]}
+        found = retriever.search([query], 1000, where)[0]
+        assert {document.id for document in found} == allowed & everything.keys()
+        few = retriever.search([query], 3, where)[0]
+        assert [document.id for document in few] == [document.id for document in found[:3]] or kind.startswith("hybrid")
+        assert {document.id for document in few} <= allowed and len(few) == min(3, len(found))
+
+
+def test_filters_of_the_command_line():
+    where = parse_filters(["lang=en|de", "year >= 2020", "year<2024", "draft=false", "code=7"])
+    assert where == {
+        "lang": ["en", "de"],
+        "year": {"gte": 2020, "lt": 2024},
+        "draft": [False, "false"],
+        "code": [7, "7"],
+    }
+    for bad in ("lang", "=en", "lang="):
+        with pytest.raises(UserError, match="write it like"):
+            parse_filters([bad])
+    retriever = make("bm25")
+    retriever.add(tagged(5))
+    with pytest.raises(UserError, match="gte"):
+        retriever.search(["baun"], 5, {"year": {"above": 3}})
+
+
+def test_the_title_counts_as_often_as_asked():
+    documents = [Document("title", "baun", "caun dyun"), Document("content", "caun", "baun dyun")]
+    for weight, expected in ((0, {"content"}), (3, {"title", "content"})):
+        retriever = make("bm25", title_weight=weight)
+        retriever.add(documents)
+        assert {id for id, _ in hits(retriever, ["baun"])[0]} == expected
+    assert hits(retriever, ["baun"])[0][0][0] == "title"
+    repeated = make("bm25")
+    repeated.add([Document(d.id, f"{d.title} {d.title} {d.title}", d.content) for d in documents])
+    assert hits(repeated, ["baun caun"]) == hits(retriever, ["baun caun"])
+
+
+@pytest.mark.parametrize("variant", ["lucene", "okapi"])
+def test_variants_equal_bm25s(variant):
+    bm25s = pytest.importorskip("bm25s")
+    documents = random_documents(200)
+    retriever = make("bm25", variant=variant)
+    retriever.add(documents)
+    terms = retriever.analyzer.terms
+    method = "lucene" if variant == "lucene" else "robertson"
+    oracle = bm25s.BM25(method=method, k1=1.5, b=0.75)
+    oracle.index([terms(f"{document.title}\n{document.content}") for document in documents], show_progress=False)
+    for query in ("baun", "beun caun", "cyun feun giun houn"):
+        found = retriever.score(query, [document.id for document in documents])
+        np.testing.assert_allclose(found, oracle.get_scores(terms(query)), rtol=1e-5, atol=1e-6)
+        assert all(document.score > 0 for document in retriever.search([query], 200)[0])
+
+
+def test_the_package_rank_bm25_as_backend():
+    rank_bm25 = pytest.importorskip("rank_bm25")
+    documents = random_documents(100)
+    retriever = make("bm25", bm25_backend="rank_bm25")
+    retriever.add(documents[:60])
+    retriever.add(documents[60:])
+    retriever.delete([documents[0].id])
+    kept = sorted(documents[1:], key=lambda document: document.id)
+    terms = retriever.analyzer.terms
+    oracle = rank_bm25.BM25Okapi([terms(f"{d.title}\n{d.content}") for d in kept], k1=1.5, b=0.75)
+    for query in ("cyun", "diun feun"):
+        scores = oracle.get_scores(terms(query))
+        expected = sorted(((-score, d.id) for score, d in zip(scores, kept, strict=True) if score > 0))[:10]
+        assert [id for id, _ in hits(retriever, [query])[0]] == [id for _, id in expected]
 
 
 def slow_bm25(documents, query, analyzer, k1=1.5, b=0.75):
@@ -364,9 +579,16 @@ def test_words_are_cut_to_stems_and_function_words_left_out():
 def test_whole_texts_give_the_same_terms_one_by_one_and_together():
     analyzer = Analyzer()
     texts = ["The cats sat", "", "of the", "a cat's CATS; café"]
-    vocabulary, ids, lengths = analyzer.term_ids(texts)
+    word_ids = analyzer.word_ids()
+    ids, lengths = word_ids.of_texts(texts)
     assert lengths.tolist() == [len(analyzer.terms(text)) for text in texts]
-    assert [vocabulary[id] for id in ids] == [term for text in texts for term in analyzer.terms(text)]
+    assert [word_ids.terms[id] for id in ids] == [term for text in texts for term in analyzer.terms(text)]
+
+
+def test_ascii_words_are_those_of_any_text():
+    text = "".join(map(chr, range(1, 128))) + " a_b c-d 3.14 x'y"
+    analyzer = Analyzer()
+    assert analyzer.words(text) == [word for word in analyzer.words(text + " é") if word != "e"]
 
 
 # --- dense
@@ -513,6 +735,22 @@ def test_alpha_weighs_dense_and_queries_are_encoded_once():
         assert encoder.encoded == 1
         expected = getattr(retriever, part).search(["beun caun"], 5)[0]
         assert [document.id for document in found] == [document.id for document in expected]
+
+
+def test_a_document_says_where_each_part_had_it():
+    retriever = make("hybrid", candidates=10)
+    retriever.add(random_documents(200))
+    query = "beun caun"
+    for document in retriever.search([query], 8, explain=True)[0]:
+        for part in retriever.parts:
+            ranks = {d.id: rank for rank, d in enumerate(part.search([query], 10)[0], 1)}
+            found = document.explanation[part.type]
+            assert found.get("rank") == ranks.get(document.id)
+            assert found["score"] == pytest.approx(part.score(query, [document.id])[0])
+        assert document.to_dict()["explanation"] == document.explanation
+    assert not retriever.search([query], 1)[0][0].explanation
+    alone = retriever.bm25.search([query], 2, explain=True)[0]
+    assert [d.explanation for d in alone] == [{"bm25": {"rank": n, "score": d.score}} for n, d in enumerate(alone, 1)]
 
 
 @pytest.mark.parametrize("settings", [{"alpha": 2}, {"fusion": "sum"}, {"candidates": 0}])
