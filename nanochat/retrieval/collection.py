@@ -109,7 +109,8 @@ class Collection:
 
     @classmethod
     def load(cls, directory: Path) -> Collection:
-        return cls([Segment.load(path) for path in sorted(directory.glob("s[0-9]*"))])
+        paths = sorted(directory.glob("s[0-9]*"), key=lambda path: int(path.name[1:]))
+        return cls([Segment.load(path) for path in paths])
 
     # --- who is best
 

@@ -205,10 +205,10 @@ def _versions(path: Path) -> list[str]:
 def _whole(path: Path, version: str) -> bool:
     """Whether all files of a version have their sizes."""
     try:
-        manifest = _read_manifest(path, version)
-    except UserError:
+        manifest = json.loads((path / version / "manifest.json").read_text(encoding="utf-8"))
+        return manifest["format_version"] == FORMAT_VERSION and _missing_file(path / version, manifest) is None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return _missing_file(path / version, manifest) is None
 
 
 def _missing_file(directory: Path, manifest: dict[str, Any]) -> str | None:
@@ -241,7 +241,9 @@ def delete_documents(path: str | Path, ids: Iterable[str], **settings: Any) -> K
     return _change(path, settings, lambda retriever, new_directory: retriever.delete(ids, new_directory))
 
 
-def _change(path: str | Path, settings: dict[str, Any], change: Callable[[Retriever, NewDirectory], None]):
+def _change(
+    path: str | Path, settings: dict[str, Any], change: Callable[[Retriever, NewDirectory], None]
+) -> KnowledgeBase:
     open_knowledge_base(path)  # a missing or damaged base is told before a lock is made in it
     with _writer(Path(path)) as write:
         retriever = open_knowledge_base(path).retriever(**settings)
@@ -263,12 +265,13 @@ def add_embeddings(path: str | Path, retriever_type: str = "hybrid", **settings:
 def _fresh(path: Path, documents: Iterable[Document], retriever: Retriever) -> KnowledgeBase:
     """A version from nothing but these documents; vectors that an older one or an unfinished build has are kept."""
     with _writer(path) as write:
-        if retriever.encoding() is None:
-            return write(retriever, lambda new_directory: retriever.add(documents, new_directory))
-        hashed = retriever.embedding_info()["hash"]
-        encode = EncodedOnce(retriever.encoding(), path / (_ENCODED + hashed[:16]), _same_model(path, hashed))
+        encode = None
+        if retriever.encoding() is not None:
+            hashed = retriever.embedding_info()["hash"]
+            encode = EncodedOnce(retriever.encoding(), path / (_ENCODED + hashed[:16]), _same_model(path, hashed))
         made = write(retriever, lambda new_directory: retriever.add(documents, new_directory, encode))
-        encode.remove()
+        for folder in path.glob(_ENCODED + "*"):
+            shutil.rmtree(folder, ignore_errors=True)
         return made
 
 
@@ -361,7 +364,7 @@ def _write_version(path: Path, retriever: Retriever, change: Callable[[NewDirect
     if live and retriever.documents.segments:  # a change of what is there: its segments are shared
         old = _read_manifest(path, live)
         old_files, old_segments = old["files"], old["segments"]
-    numbers = itertools.count(1 + max((int(name[1:5]) for name in old_files if name[0] == "s"), default=0))
+    numbers = itertools.count(1 + max((int(name[1:]) for name in old_segments), default=0))
     try:
         change(lambda: building / f"s{next(numbers):04d}")
         dense = getattr(retriever, "dense", retriever)

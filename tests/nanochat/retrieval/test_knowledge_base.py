@@ -137,6 +137,13 @@ def test_a_version_before_comes_back(tmp_path):
     (open_knowledge_base(tmp_path).directory / "s0001" / "offsets.npy").unlink()
     with pytest.raises(UserError, match=r"damaged .*go back to v0002: .* rollback --knowledge_base"):
         open_knowledge_base(tmp_path)
+    assert rollback(tmp_path).version == "v0004" and len(ids(tmp_path)) == 7
+    for version in ("v0003", "v0004"):
+        (tmp_path / version / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"damaged .*; build it again"):
+        open_knowledge_base(tmp_path)
+    with pytest.raises(UserError, match="no whole version before"):
+        rollback(tmp_path)
 
 
 def test_the_manifest_says_what_the_base_is(tmp_path):
