@@ -93,6 +93,10 @@ class Config:
     """hybrid: how the two are put together (minmax)."""
     candidates: int | None = None
     """hybrid: how many documents each of the two proposes (100)."""
+    rerank: str | None = None
+    """hybrid: a cross-encoder, by name or folder, that orders the best anew."""
+    rerank_candidates: int | None = None
+    """hybrid: how many it reads (30)."""
     k1: float | None = None
     """bm25, hybrid: how fast repeats of a word stop counting (1.5)."""
     b: float | None = None
@@ -215,7 +219,7 @@ def stats(config: Config, settings: dict[str, Any]) -> None:
         print0(json.dumps(figures))
         return
     for name, value in figures.items():
-        print0(f"{name:<30} {value:,}" if isinstance(value, int) else f"{name:<30} {value}")
+        print0(f"{name:<30} {value:,}" if type(value) is int else f"{name:<30} {value}")
 
 
 def verify(config: Config, settings: dict[str, Any]) -> None:
@@ -294,10 +298,12 @@ class _Progress:
 
 
 def _say_written(knowledge_base: KnowledgeBase, what: str, count: int, seconds: float) -> None:
-    print0(f"{what}: {count:,} documents in {seconds:.1f} s ({count / seconds:,.0f} a second)")
-    sizes = {name: entry["size"] / 1e6 for name, entry in knowledge_base.manifest["files"].items()}
+    rate = count / seconds
+    print0(f"{what}: {count:,} documents in {seconds:.1f} s ({rate:,.{0 if rate >= 10 else 1}f} a second)")
+    sizes = {name: entry["size"] for name, entry in knowledge_base.manifest["files"].items()}
     total, text = sum(sizes.values()), sum(size for name, size in sizes.items() if name.endswith("documents.jsonl"))
-    print0(f"{len(knowledge_base):,} documents, {total:.2f} MB: documents {text:.2f} MB, index {total - text:.2f} MB")
+    shown = [f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB" for size in (total, text, total - text)]
+    print0(f"{len(knowledge_base):,} documents, {shown[0]}: documents {shown[1]}, index {shown[2]}")
     print0(f"wrote {knowledge_base.directory}")
 
 

@@ -22,6 +22,7 @@ from nanochat.common import UserError
 from nanochat.retrieval.bm25 import BM25Retriever
 from nanochat.retrieval.collection import Collection, Masks
 from nanochat.retrieval.dense import DenseRetriever
+from nanochat.retrieval.rerank import CrossEncoderReranker
 from nanochat.retrieval.retriever import Retriever
 from nanochat.retrieval.segment import Encode
 
@@ -38,7 +39,12 @@ class HybridRetriever(Retriever):
         alpha: float = 0.5,
         fusion: str = "minmax",
         candidates: int = 100,
+        rerank: str = "",
+        rerank_candidates: int = 30,
+        reranker: Any = None,
     ):
+        """rerank: a cross-encoder by name or folder, which puts the best `rerank_candidates` in its own order.
+        reranker: an object with score(query, documents) -> array, in place of one."""
         self.bm25 = BM25Retriever() if bm25 is None else bm25
         super().__init__(self.bm25.language, self.bm25.stem, self.bm25.stop_words, self.bm25.title_weight)
         if not 0 <= alpha <= 1:
@@ -49,7 +55,16 @@ class HybridRetriever(Retriever):
             raise UserError(f"candidates is {candidates}; it must be at least 1")
         self.dense = DenseRetriever() if dense is None else dense
         self.parts: tuple[Retriever, Retriever] = (self.bm25, self.dense)
+        if rerank_candidates < 1:
+            raise UserError(f"rerank_candidates is {rerank_candidates}; it must be at least 1")
         self.alpha, self.fusion, self.candidates = alpha, fusion, candidates
+        self.rerank, self.rerank_candidates, self._reranker = rerank, rerank_candidates, reranker
+
+    @property
+    def reranker(self) -> Any:
+        if self._reranker is None and self.rerank:
+            self._reranker = CrossEncoderReranker(self.rerank, self.dense.device)
+        return self._reranker
 
     # --- searching
 
@@ -63,10 +78,18 @@ class HybridRetriever(Retriever):
             scores = [_reciprocal_ranks(of_query, both) for of_query, *both in zip(rows, *lists, strict=True)]
         else:
             scores = self.score_rows(documents, queries, rows)
-        return [documents.best(*pair, top_k) for pair in zip(rows, scores, strict=True)]
+        if self.reranker is None:
+            return [documents.best(*pair, top_k) for pair in zip(rows, scores, strict=True)]
+        n = max(top_k, self.rerank_candidates)
+        chosen = [documents.best(*pair, n)[0] for pair in zip(rows, scores, strict=True)]
+        scored = [
+            self.reranker.score(query, [documents[row] for row in of_query.tolist()]) if len(of_query) else np.zeros(0)
+            for query, of_query in zip(queries, chosen, strict=True)
+        ]
+        return [documents.best(*pair, top_k) for pair in zip(chosen, scored, strict=True)]
 
     def score_rows(self, documents: Collection, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Fused scores, the documents given being the candidates."""
+        """Fused scores, the documents given being the candidates; not the reranker's."""
         bm25, dense = (part.score_rows(documents, queries, rows) for part in self.parts)
         if self.fusion == "minmax":
             return [self.alpha * _scaled(d) + (1 - self.alpha) * _scaled(s) for s, d in zip(bm25, dense, strict=True)]
@@ -121,7 +144,8 @@ class HybridRetriever(Retriever):
         return self.dense.embedding_info()
 
     def settings(self) -> dict:
-        own = {"alpha": self.alpha, "fusion": self.fusion, "candidates": self.candidates}
+        names = ("alpha", "fusion", "candidates", "rerank", "rerank_candidates")
+        own = {name: getattr(self, name) for name in names}
         return {**self.dense.settings(), **self.bm25.settings(), **own}
 
 

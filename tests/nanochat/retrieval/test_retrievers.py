@@ -753,6 +753,52 @@ def test_a_document_says_where_each_part_had_it():
     assert [d.explanation for d in alone] == [{"bm25": {"rank": n, "score": d.score}} for n, d in enumerate(alone, 1)]
 
 
+class Backwards:
+    """Likes best what hybrid likes least."""
+
+    def __init__(self):
+        self.read: list[list[str]] = []
+
+    def score(self, query, documents):
+        self.read.append([document.id for document in documents])
+        return np.arange(len(documents))
+
+
+def test_a_reranker_orders_the_best_anew():
+    plain, reranker = make("hybrid"), Backwards()
+    reranked = make("hybrid", reranker=reranker, rerank_candidates=6)
+    for retriever in (plain, reranked):
+        retriever.add(random_documents(100))
+    best = [document.id for document in plain.search(["beun caun"], 6)[0]]
+    assert [id for id, _ in hits(reranked, ["beun caun"], 3)[0]] == best[::-1][:3]
+    assert reranker.read == [best]
+    assert hits(reranked, ["beun caun"], 3)[0][0][1] == 5.0
+
+
+def test_a_cross_encoder_made_here(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "baun", "beun", "caun", "dyun"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=9, num_labels=1, **shape)).save_pretrained(tmp_path)
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    retriever = make("hybrid", rerank=str(tmp_path), rerank_candidates=10)
+    retriever.add(random_documents(30))
+    found = retriever.search(["baun caun"], 10)[0]
+    model = sentence_transformers.CrossEncoder(str(tmp_path))
+    texts = [("baun caun", f"{document.title}\n{document.content}") for document in found]
+    np.testing.assert_allclose([d.score for d in found], model.predict(texts, show_progress_bar=False), atol=1e-5)
+    assert retriever.settings()["rerank"] == str(tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        broken = make("hybrid", rerank=str(tmp_path / "nothing"))
+        broken.add(random_documents(3))
+        broken.search(["baun"])
+
+
 @pytest.mark.parametrize("settings", [{"alpha": 2}, {"fusion": "sum"}, {"candidates": 0}])
 def test_bad_hybrid_settings_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
