@@ -12,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import time
 from functools import cached_property
 from pathlib import Path
@@ -225,6 +226,7 @@ def _faster(model: Any, texts: list[str], batch_size: int, dtype: str) -> Any:
 
 
 def _load_sentence_transformer(model: str, device: str | None) -> Any:
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # transformers loads it, and it tells of kernels it cannot use
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -233,9 +235,9 @@ def _load_sentence_transformer(model: str, device: str | None) -> Any:
             'pip install -e ".[dense]" (without it: the retriever types simple and bm25)'
         ) from None
     with contextlib.suppress(ImportError):
-        from transformers.utils import logging
+        from transformers.utils.logging import disable_progress_bar
 
-        logging.disable_progress_bar()  # a second of it, for weights that are on this disk already
+        disable_progress_bar()  # a second of it, for weights that are on this disk already
     with contextlib.suppress(Exception):  # on this disk already: no network is asked, and none is waited for
         return SentenceTransformer(model, device=device, local_files_only=True)
     try:
