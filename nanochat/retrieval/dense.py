@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ class DenseRetriever(Retriever):
     def encoder(self) -> Any:
         if self._given_encoder is not None:
             return self._given_encoder
-        return _load_sentence_transformer(self.model, self.device)
+        advice = "--type bm25, which needs no model"
+        return load_model("SentenceTransformer", self.model, self.device, "embeds texts", advice)
 
     @cached_property
     def encoder_hash(self) -> str:
@@ -225,26 +227,41 @@ def _faster(model: Any, texts: list[str], batch_size: int, dtype: str) -> Any:
     return half if seconds["bfloat16"] < 0.8 * seconds["float32"] else model
 
 
-def _load_sentence_transformer(model: str, device: str | None) -> Any:
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # transformers loads it, and it tells of kernels it cannot use
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """sentence-transformers imports half of what is installed, which has warnings about kernels and deprecations of its
+    own, and shows a bar for reading weights from the disk; none of it is about the user's documents."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise UserError(
-            'sentence-transformers is missing, which embeds texts; pip install "nanochat[dense]", or from a checkout '
-            'pip install -e ".[dense]" (without it: the retriever types simple and bm25)'
-        ) from None
-    with contextlib.suppress(ImportError):
-        from transformers.utils.logging import disable_progress_bar
+        with contextlib.suppress(ImportError):
+            from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # a second of it, for weights that are on this disk already
-    with contextlib.suppress(Exception):  # on this disk already: no network is asked, and none is waited for
-        return SentenceTransformer(model, device=device, local_files_only=True)
-    try:
-        return SentenceTransformer(model, device=device)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the embedding model {model!r} cannot be loaded ({reason}); give a model's folder with --model, "
-            "or use --type bm25, which needs none"
-        ) from None
+            disable_progress_bar()
+        yield
+    finally:
+        logging.disable(before)
+
+
+def load_model(class_name: str, model: str, device: str | None, what: str, advice: str) -> Any:
+    """A model of sentence-transformers, from this disk if it is there: no network is asked then, and none is waited
+    for. UserError says what is missing and, with `advice`, what works without it."""
+    with quiet_imports():
+        try:
+            import sentence_transformers
+        except ImportError:
+            raise UserError(
+                f'sentence-transformers is missing, which {what}; pip install "nanochat[dense]", or from a checkout '
+                f'pip install -e ".[dense]" (without it: {advice})'
+            ) from None
+        load = getattr(sentence_transformers, class_name)
+        with contextlib.suppress(Exception):
+            return load(model, device=device, local_files_only=True)
+        try:
+            return load(model, device=device)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"the model {model!r}, which {what}, cannot be loaded ({reason}); give the folder of one, or without "
+                f"it: {advice}"
+            ) from None

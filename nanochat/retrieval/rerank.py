@@ -5,13 +5,12 @@ Far slower than any index (milliseconds a document), so it sees some dozens of c
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from nanochat.common import UserError
+from nanochat.retrieval.dense import load_model
 from nanochat.retrieval.document import Document
 
 
@@ -19,7 +18,7 @@ class CrossEncoderReranker:
     def __init__(self, model: str, device: str | None = None, batch_size: int = 32):
         """model: a sentence-transformers cross-encoder, by name or folder."""
         self.model, self.batch_size = model, batch_size
-        self._encoder = _load(model, device)
+        self._encoder = load_model("CrossEncoder", model, device, "orders documents anew", "leave --rerank out")
 
     def score(self, query: str, documents: Sequence[Document]) -> np.ndarray:
         """(documents,) how well each answers the query; the scale is the model's own."""
@@ -32,22 +31,3 @@ class CrossEncoderReranker:
                 "with one finite score for a pair"
             )
         return scores
-
-
-def _load(model: str, device: str | None) -> Any:
-    try:
-        from sentence_transformers import CrossEncoder
-    except ImportError:
-        raise UserError(
-            'sentence-transformers is missing, which reranks; pip install "nanochat[dense]" (without it: leave '
-            "--rerank out)"
-        ) from None
-    with contextlib.suppress(Exception):  # on this disk already: no network is asked, and none is waited for
-        return CrossEncoder(model, device=device, local_files_only=True)
-    try:
-        return CrossEncoder(model, device=device)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the reranker {model!r} cannot be loaded ({reason}); give a model's folder with --rerank, or leave it out"
-        ) from None

@@ -46,7 +46,7 @@ def documents(tmp_path):
 @pytest.mark.parametrize("word", [[], ["prepare_kb"]])
 def test_build_and_search(documents, tmp_path, retriever_type, word):
     output = run(*word, "--documents", documents, "--output", tmp_path / "kb", "--type", retriever_type)
-    assert "3 documents" in output and "MB" in output and f"wrote {tmp_path}/kb/v0001" in output
+    assert "3 documents" in output and "kB" in output and f"wrote {tmp_path}/kb/v0001" in output
     assert f"built {retriever_type}: 3 documents" in output
     output = run("--search", "how to return an item", "--knowledge_base", tmp_path / "kb", "--top_k", "2")
     lines = output.splitlines()
