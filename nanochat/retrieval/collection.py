@@ -81,7 +81,7 @@ class Collection:
 
     def with_segment(self, segment: Segment, analyzer: Analyzer, title_weight: int) -> Collection:
         """These documents too; those whose ids they have are dead from now on."""
-        replaced = [self.row_of(id) for id in segment.documents.ids()] if self.segments else []
+        replaced = [self.row_of(id) for id in segment.documents.ids_perhaps_in([s.documents for s in self.segments])]
         rows = np.array([row for row in replaced if row >= 0], dtype=np.int64)
         return Collection([*self.without(rows, analyzer, title_weight).segments, segment])
 

@@ -65,12 +65,12 @@ class Terms:
             else:
                 number = self.of_term[term] = self._look_up(term)
             self.numbers[word] = number
+            if len(self.numbers) >= _MOST_WORDS:
+                self.retriever._terms = None  # start anew; searches under way go on with this
         return number
 
     def _look_up(self, term: str) -> int:
         number, hashed = len(self.idf), np.array([hash64(term)], dtype=np.uint64)
-        if number == _MOST_WORDS:
-            self.retriever._terms = None  # start anew; searches under way go on with this
         if self.starts and number == len(self.starts[0]):
             for arrays in (self.starts, self.ends, self.bounds):
                 arrays[:] = [np.concatenate([array, np.zeros_like(array)]) for array in arrays]

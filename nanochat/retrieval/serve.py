@@ -58,6 +58,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, answer: Any, read: Any = None) -> None:
         try:
             if answer is None:
+                self.close_connection = True  # what a POST brought is not read
                 self._send(404, {"error": f"no {self.path} here; there are /search, /score, /stats, /health"})
             else:
                 self._send(200, answer(read()) if read else answer())

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,14 @@ class DocumentStore:
     def __iter__(self) -> Iterator[Document]:
         return (self[row] for row in range(len(self)))
 
-    def ids(self) -> list[str]:
-        return [document.id for document in self]
+    def ids_perhaps_in(self, others: Iterable[DocumentStore]) -> list[str]:
+        """The ids whose hashes the others have too: all that they share, and hardly one more."""
+        hashes = self.arrays["id_hashes"]
+        there = np.zeros(len(self), dtype=bool)
+        for other in others:
+            theirs = other.arrays["id_hashes"]
+            there |= theirs[np.minimum(np.searchsorted(theirs, hashes), len(theirs) - 1)] == hashes
+        return [self[row].id for row in self.arrays["id_rows"][there].tolist()]
 
     def row_of(self, id: str) -> int:
         """-1 if no document has this id."""

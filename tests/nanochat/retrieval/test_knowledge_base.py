@@ -114,6 +114,19 @@ def test_segments_are_shared_between_versions(tmp_path):
     assert len(ids(tmp_path, **encoder_for("hybrid"))) == 8
 
 
+def test_a_large_build_has_several_segments(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat.retrieval.retriever.SEGMENT_DOCUMENTS", 10)
+    knowledge_base = build(tmp_path / "kb", count=35)
+    assert [s["documents"] for s in knowledge_base.manifest["segments"].values()] == [10, 10, 10, 5]
+    replaced = [Document(f"d{n}", "", "common replaced") for n in (3, 12, 34, 99)]
+    add_documents(tmp_path / "kb", replaced)
+    memory = RetrievalManager("bm25", documents=documents(35))
+    memory.retriever.add(replaced)
+    manager = RetrievalManager(knowledge_base_path=tmp_path / "kb")
+    queries = ["common", "word12", "replaced", "title 5"]
+    assert len(manager) == 36 and manager.search(queries, 50) == memory.search(queries, 50)
+
+
 def test_segments_are_merged_on_the_way(tmp_path):
     build(tmp_path)
     for n in range(8, 20):

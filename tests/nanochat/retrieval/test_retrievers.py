@@ -370,6 +370,17 @@ def test_compiled_search_equals_numpy(kind):
     assert found[0] == hits(retriever, queries, 20)
 
 
+def test_what_is_remembered_of_words_has_a_limit(monkeypatch):
+    monkeypatch.setattr("nanochat.retrieval.lexical._MOST_WORDS", 50)
+    retriever, fresh = make("bm25"), make("bm25")
+    for each in (retriever, fresh):
+        each.add(random_documents(100))
+    for number in range(300):
+        query = f"baun typo{number} {QUERIES[number % 5]}"
+        assert hits(retriever, [query]) == hits(fresh, [query.replace(f"typo{number}", "")])
+        assert retriever._terms is None or len(retriever._terms.numbers) < 50
+
+
 def test_many_segments_are_merged_and_the_results_stay(kind):
     documents = random_documents(200)
     retriever, fresh = make(kind), make(kind)

@@ -93,6 +93,7 @@ def test_wrong_requests_are_told(served, body, reason):
 
 def test_other_paths_and_too_large_requests(served):
     assert ask(served[0], "GET", "/etc/passwd")[0] == 404
+    assert ask(served[0], "POST", "/nothing", b"GET /stats HTTP/1.1\r\n\r\n")[0] == 404
     assert ask(served[0], "POST", "/search", b"", {"Content-Length": str(1 << 40)})[0] == 400
     status, stats = ask(served[0], "GET", "/stats")
     assert status == 200 and stats["retriever"] == "bm25" and stats["counts"] == {"documents": 6}
