@@ -6,6 +6,7 @@ bytes of length and a JSON object {"directory", "texts"}; the answer, when the p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from nanochat.common import UserError
 from nanochat.retrieval.analysis import Analyzer
 from nanochat.retrieval.postings import BlockBuilder, Postings
 
@@ -49,17 +51,22 @@ class Helper:
 
     def _ask(self, texts: list[str], directory: Path) -> Postings:
         request = json.dumps({"directory": str(directory), "texts": texts}).encode()
-        self.process.stdin.write(struct.pack("<I", len(request)) + request)
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self.process.stdin.write(struct.pack("<I", len(request)) + request)
+            self.process.stdin.flush()
         if self.process.stdout.readline() != b"done\n":
-            raise RuntimeError("the process that builds postings has ended; its message stands above")
+            raise UserError(
+                "the second process of the build has ended (if it says nothing above: killed, perhaps for its memory); "
+                "run it again, nothing was changed"
+            )
         return Postings.load(directory)
 
     def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
 
 

@@ -73,9 +73,10 @@ class KnowledgeBase:
         with self._reading():
             return Collection.load(self.directory)
 
-    def retriever(self, retriever_type: str | None = None, **settings: Any) -> Retriever:
+    def retriever(self, retriever_type: str | None = None, embeds: bool = True, **settings: Any) -> Retriever:
         """The retriever that was built, or another that the base can give: simple and bm25 always, dense and hybrid if
-        it has embeddings. Settings given here override those saved."""
+        it has embeddings. Settings given here override those saved. embeds: False if it will not embed anything, so
+        that its model need not be there."""
         wanted = retriever_type or self.retriever_type
         saved = {name: value for name, value in self.manifest["settings"].items() if name in setting_names(wanted)}
         retriever = create_retriever(wanted, **{**saved, **settings})
@@ -85,7 +86,7 @@ class KnowledgeBase:
                     f"{self.path} was built with {name}={saved[name]}, and {name}={settings[name]} is asked for; "
                     f"leave it out, or build again: {self.rebuild_command(wanted)}"
                 )
-        if wanted in ("dense", "hybrid"):
+        if wanted in ("dense", "hybrid") and embeds:
             self._check_embedding_model(retriever)
         retriever.use(self.documents)
         return retriever
@@ -238,16 +239,21 @@ def add_documents(path: str | Path, documents: Iterable[Document], **settings: A
 
 def delete_documents(path: str | Path, ids: Iterable[str], **settings: Any) -> KnowledgeBase:
     """A new version without these documents. The version before still has them, until the next change."""
-    return _change(path, settings, lambda retriever, new_directory: retriever.delete(ids, new_directory))
+    return _change(path, settings, lambda retriever, new_directory: retriever.delete(ids, new_directory), embeds=False)
 
 
 def _change(
-    path: str | Path, settings: dict[str, Any], change: Callable[[Retriever, NewDirectory], None]
+    path: str | Path,
+    settings: dict[str, Any],
+    change: Callable[[Retriever, NewDirectory], None],
+    embeds: bool = True,
 ) -> KnowledgeBase:
     open_knowledge_base(path)  # a missing or damaged base is told before a lock is made in it
     with _writer(Path(path)) as write:
-        retriever = open_knowledge_base(path).retriever(**settings)
-        return write(retriever, lambda new_directory: change(retriever, new_directory))
+        knowledge_base = open_knowledge_base(path)
+        retriever = knowledge_base.retriever(embeds=embeds, **settings)
+        known = None if embeds else knowledge_base.manifest["embedding"]
+        return write(retriever, lambda new_directory: change(retriever, new_directory), known)
 
 
 def add_embeddings(path: str | Path, retriever_type: str = "hybrid", **settings: Any) -> KnowledgeBase:
@@ -356,8 +362,13 @@ def live_version(path: Path) -> str | None:
     return version if _VERSION_NAME.fullmatch(version) else None
 
 
-def _write_version(path: Path, retriever: Retriever, change: Callable[[NewDirectory], None]) -> KnowledgeBase:
-    """The retriever's documents after the change, as the live version."""
+def _write_version(
+    path: Path,
+    retriever: Retriever,
+    change: Callable[[NewDirectory], None],
+    embedding: dict[str, Any] | None = None,
+) -> KnowledgeBase:
+    """The retriever's documents after the change, as the live version. embedding: what is known of its model."""
     building = _new_building(path)
     old_files, old_segments = {}, {}
     live = live_version(path)
@@ -368,7 +379,7 @@ def _write_version(path: Path, retriever: Retriever, change: Callable[[NewDirect
     try:
         change(lambda: building / f"s{next(numbers):04d}")
         dense = getattr(retriever, "dense", retriever)
-        info = retriever.embedding_info() if hasattr(retriever, "embedding_info") else None
+        info = embedding or (retriever.embedding_info() if hasattr(retriever, "embedding_info") else None)
         kept, counts = set(), {}
         for segment in retriever.documents.segments:
             directory = building / segment.directory.name

@@ -114,6 +114,14 @@ def test_segments_are_shared_between_versions(tmp_path):
     assert len(ids(tmp_path, **encoder_for("hybrid"))) == 8
 
 
+def test_deleting_needs_no_embedding_model(tmp_path):
+    build(tmp_path, "hybrid")
+    knowledge_base = delete_documents(tmp_path, ["d1"])  # the encoder is not given, and "letters" is no model
+    assert knowledge_base.manifest["embedding"] == {"model": "letters", "dimension": 26, "hash": "letters-1"}
+    delete_documents(tmp_path, [f"d{n}" for n in range(2, 7)])  # so many that the segment is written anew
+    assert ids(tmp_path, encoder=Encoder()) == ["d0", "d7"]
+
+
 def test_a_large_build_has_several_segments(tmp_path, monkeypatch):
     monkeypatch.setattr("nanochat.retrieval.retriever.SEGMENT_DOCUMENTS", 10)
     knowledge_base = build(tmp_path / "kb", count=35)

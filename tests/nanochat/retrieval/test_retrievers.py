@@ -18,6 +18,7 @@ from nanochat.retrieval import Document, postings, scoring
 from nanochat.retrieval.analysis import Analyzer
 from nanochat.retrieval.create import create_retriever
 from nanochat.retrieval.filters import parse_filters
+from nanochat.retrieval.helper import Helper
 from nanochat.retrieval.postings import Postings, hash64
 
 KINDS = ["simple", "bm25", "dense", "dense without faiss", "hybrid", "hybrid rrf"]
@@ -276,6 +277,18 @@ def test_index_arrays_after_changes_are_those_of_a_fresh_build(monkeypatch, tmp_
         for field in fields(Postings):
             np.testing.assert_array_equal(getattr(other, field.name), getattr(fresh, field.name))
             assert getattr(other, field.name).dtype == getattr(fresh, field.name).dtype
+
+
+def test_a_helper_that_dies_is_told(tmp_path):
+    helper = Helper(Analyzer(), tmp_path)
+    try:
+        assert helper.build(["baun caun"]).result().lengths.tolist() == [2]
+        helper.process.kill()
+        helper.process.wait()
+        with pytest.raises(UserError, match="second process of the build has ended"):
+            helper.build(["baun"]).result()
+    finally:
+        helper.close()
 
 
 def test_postings_are_what_counting_finds():
