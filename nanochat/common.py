@@ -11,7 +11,7 @@ import ctypes
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,14 +164,15 @@ def compute_cleanup() -> None:
         torch.distributed.destroy_process_group()
 
 
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never half of one."""
+def atomic_write_bytes(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, whole or piece by piece, so that a reader, or a crash, sees the old content or the new, never half
+    of one."""
     target = Path(os.path.realpath(path))  # through a link: the file behind it is replaced, the link stays
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)

@@ -288,10 +288,6 @@ class _Progress:
                 print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
         if shown > started:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        if not self.count:
-            raise UserError(
-                f'{self.path}: no documents in it; it needs lines such as {{"id": "1", "title": "", "content": "..."}}'
-            )
 
     def _read(self, size: int) -> None:
         self.bytes += size

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,13 +37,10 @@ class BM25Retriever(LexicalRetriever):
         b: float = 0.75,
         variant: str = "lucene",
         bm25_backend: str = "own",
-        language: str = "english",
-        stem: bool = True,
-        stop_words: bool = True,
-        title_weight: int = 1,
+        **text: Any,
     ):
         """bm25_backend: "own", or "rank_bm25", that package's BM25Okapi over all documents in memory (slow; it is here
-        to compare with)."""
+        to compare with). text: how texts become words, see Retriever."""
         if k1 < 0 or not 0 <= b <= 1:
             raise UserError(f"bm25 with k1={k1}, b={b}; k1 must be at least 0 and b between 0 and 1")
         if variant not in ("lucene", "okapi"):
@@ -51,7 +49,7 @@ class BM25Retriever(LexicalRetriever):
             raise UserError(f"bm25_backend is {bm25_backend!r}; it must be own or rank_bm25")
         self.k1, self.b, self.variant, self.bm25_backend = k1, b, variant, bm25_backend
         self._peer = None
-        super().__init__(language, stem, stop_words, title_weight)
+        super().__init__(**text)
 
     def idf(self, n: int, N: int) -> float:
         odds = (N - n + 0.5) / (n + 0.5)

@@ -44,15 +44,12 @@ class DenseRetriever(Retriever):
         batch_size: int = 64,
         dtype: str = "auto",
         faiss_index: str = "auto",
-        language: str = "english",
-        stem: bool = True,
-        stop_words: bool = True,
-        title_weight: int = 1,
+        **text: Any,
     ):
         """encoder: an object with encode(list of texts) -> array (texts, D), not a sentence-transformers model. dtype:
         float32, bfloat16 or auto, for encoding documents: auto tries which is faster here.
-        language and what follows: for the words of the documents, which every base keeps too."""
-        super().__init__(language, stem, stop_words, title_weight)
+        text: see Retriever; every base keeps the words of its documents too."""
+        super().__init__(**text)
         if dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"dtype is {dtype!r}; it must be auto, float32 or bfloat16")
         if faiss_index not in ann.KINDS:

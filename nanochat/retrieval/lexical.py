@@ -10,6 +10,7 @@ import importlib.util
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -124,10 +125,8 @@ class Terms:
 class LexicalRetriever(Retriever):
     compiled: bool | None = None  # None: with numba where it is installed, from the 65th query on
 
-    def __init__(
-        self, language: str = "english", stem: bool = True, stop_words: bool = True, title_weight: int = 1
-    ) -> None:
-        super().__init__(language, stem, stop_words, title_weight)
+    def __init__(self, **text: Any):
+        super().__init__(**text)
         self._terms: Terms | None = None
         self._asked = 0
 

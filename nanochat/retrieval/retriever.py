@@ -35,6 +35,8 @@ class Retriever(ABC):
     def __init__(
         self, language: str = "english", stem: bool = True, stop_words: bool = True, title_weight: int = 1
     ) -> None:
+        """How texts become words: the stemmer's language, whether words are cut to stems and stop words left out
+        (nanochat.retrieval.analysis), how often the words of a title count."""
         if title_weight < 0:
             raise UserError(f"title_weight is {title_weight}; it is how often the title's words count, 0 or more")
         self.language, self.stem, self.stop_words, self.title_weight = language, stem, stop_words, title_weight

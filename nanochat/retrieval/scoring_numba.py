@@ -40,13 +40,8 @@ def _sift_down(scores, rows, id_rank, at, size):
 
 
 @njit
-def _first_from(docs, s, e, d):
-    """The first place in docs[s:e], ascending, that is not below d; found near s sooner than far from it."""
-    step = 1
-    while s + step < e and docs[s + step] < d:
-        s += step
-        step <<= 1
-    e = min(e, s + step)
+def _lower_bound(docs, s, e, d):
+    """The first place in docs[s:e], ascending, that is not below d."""
     while s < e:
         middle = (s + e) >> 1
         if docs[middle] < d:
@@ -54,6 +49,16 @@ def _first_from(docs, s, e, d):
         else:
             e = middle
     return s
+
+
+@njit
+def _first_from(docs, s, e, d):
+    """The same, found near s sooner than far from it."""
+    step = 1
+    while s + step < e and docs[s + step] < d:
+        s += step
+        step <<= 1
+    return _lower_bound(docs, s, min(e, s + step), d)
 
 
 @njit
@@ -108,14 +113,7 @@ def best_compiled(
             else:
                 for i in range(size):
                     d = touched[i]
-                    place = p
-                    high = e
-                    while place < high:
-                        middle = (place + high) >> 1
-                        if docs[middle] < d:
-                            place = middle + 1
-                        else:
-                            high = middle
+                    place = _lower_bound(docs, p, e, d)
                     if place < e and docs[place] == d:
                         w = table[codes[place]]
                         if simple:

