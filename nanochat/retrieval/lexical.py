@@ -41,7 +41,6 @@ class Terms:
         self.mean_length = total / self.N if total else 1.0
         self.numbers: dict[str, int] = {}  # of words, -1 for those that nothing has
         self.of_term: dict[str, int] = {}
-        self.hashes: list[int] = []
         self.idf: list[float] = []
         self.order: list[tuple[float, int]] = []  # rare terms first, the same whatever the segments are
         room = 1024
@@ -87,9 +86,8 @@ class Terms:
                 n -= int(dead_counts[place])
         if not n:
             return -1
-        self.hashes.append(int(hashed[0]))
         self.idf.append(self.retriever.idf(n, self.N))
-        self.order.append((-self.idf[-1], self.hashes[-1]))
+        self.order.append((-self.idf[-1], int(hashed[0])))
         return number
 
     def of_query(self, query: str) -> tuple[np.ndarray, np.ndarray]:
