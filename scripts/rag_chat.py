@@ -240,7 +240,7 @@ def run_command(session: ChatSession, line: str, retriever_type: str | None = No
 
 
 def describe(manager: RetrievalManager) -> str:
-    return f"knowledge base: {manager.knowledge_base.path}, {len(manager):,} documents, {manager.retriever_type}"
+    return f"knowledge base: {manager.place}, {len(manager):,} documents, {manager.retriever_type}"
 
 
 # --- the loop

@@ -73,11 +73,11 @@ def contexts(system: str, queries: list[dict], manager: RetrievalManager, top_k:
         return [[] for _ in queries]
     if system == "rag":
         return manager.search([q["query"] for q in queries], top_k)
-    store = manager.retriever.documents
-    missing = next((i for q in queries for i in q["doc_ids"] if i not in store), None)
-    if missing is not None:
-        raise UserError(f"gold document {missing!r} is not in the knowledge base: build it from the queries' documents")
-    return [[store[int(row)] for row in store.rows(q["doc_ids"])] for q in queries]
+    if missing := manager.unknown(i for q in queries for i in q["doc_ids"]):
+        raise UserError(
+            f"gold document {missing[0]!r} is not in the knowledge base: build it from the queries' documents"
+        )
+    return [manager.documents(q["doc_ids"]) for q in queries]
 
 
 def evaluate_system(

@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat.common import UserError, atomic_write_text, get_base_dir
-from nanochat.retrieval import Document, RetrievalManager
+from nanochat.retrieval import RetrievalManager
 from tasks.common import Conversation
 
 
 def retrieve_all(manager: RetrievalManager, queries: Sequence[str], top_k: int) -> list[list[str]]:
     """Ids of the best documents for each query, from $NANOCHAT_BASE_DIR/retrieved if this was asked before."""
-    base = manager.knowledge_base
-    key_parts = [base.manifest if base else None, manager.retriever_type, manager.retriever.settings(), top_k, *queries]
-    key = hashlib.sha256(json.dumps(key_parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    base = manager.identity()
+    key = hashlib.sha256(json.dumps([base, top_k, *queries], sort_keys=True, default=str).encode()).hexdigest()[:24]
     file = get_base_dir() / "retrieved" / f"{key}.json"
     if base is not None and file.exists():
         try:
@@ -61,10 +60,10 @@ class RAGTask:
         self.queries = [q for q in queries if q["answers"] and q["doc_ids"]]
         if not self.queries:
             raise UserError("none of the queries has both an answer and a gold document: nothing to train on")
-        self.store, self.top_k, self.seed = manager.retriever.documents, top_k, seed
+        self.manager, self.top_k, self.seed = manager, top_k, seed
         self.questions_per_document, self.cite = questions_per_document, cite
-        missing = next((q for q in self.queries for i in q["doc_ids"] if i not in self.store), None)
-        if missing is not None:
+        if unknown := set(manager.unknown(i for q in self.queries for i in q["doc_ids"])):
+            missing = next(q for q in self.queries if unknown.intersection(q["doc_ids"]))
             raise UserError(
                 f"query {missing['id']!r} names the document {missing['doc_ids']}, which the knowledge base does not "
                 "hold: build the base from the same documents as the queries"
@@ -99,7 +98,7 @@ class RAGTask:
             wanted = self.questions_per_document - (doc in self.queries[index]["doc_ids"])
             asked += rng.sample(others, max(0, min(len(others), wanted)))
         rng.shuffle(asked)
-        documents = [self.store[int(row)].to_dict(with_score=False) for row in self.store.rows(ids)]
+        documents = [document.to_dict(with_score=False) for document in self.manager.documents(ids)]
         messages: list[dict[str, Any]] = [{"role": "retrieval", "documents": documents}]
         for i in asked:
             messages.append({"role": "user", "content": self.queries[i]["query"]})
@@ -116,7 +115,7 @@ class RetrievalTask:
 
     def __init__(self, base: Sequence[Conversation], manager: RetrievalManager, top_k: int = 5):
         self.base, self.top_k = base, top_k
-        self.store = manager.retriever.documents
+        self.manager = manager
         self.at = [max((i for i, m in enumerate(c["messages"]) if m["role"] == "user"), default=None) for c in base]
         if any(i is None for i in self.at):
             raise UserError("a conversation of the base tasks has no user message: there is nothing to search for")
@@ -131,8 +130,7 @@ class RetrievalTask:
 
     def conversation(self, index: int, epoch: int = 0, top_k: int | None = None) -> Conversation:
         ids = self.found[index][: top_k or self.top_k]
-        documents: list[Document] = [self.store[int(row)] for row in self.store.rows(ids)]
         messages = list(self.base[index]["messages"])
-        shown = [d.to_dict(with_score=False) for d in documents]
+        shown = [document.to_dict(with_score=False) for document in self.manager.documents(ids)]
         messages.insert(self.at[index], {"role": "retrieval", "documents": shown})
         return {"messages": messages}

@@ -7,10 +7,14 @@
     python -m nanochat.retrieval index --type hybrid --model all-MiniLM-L6-v2 --knowledge_base data/my_kb
     python -m nanochat.retrieval stats|verify|rollback --knowledge_base data/my_kb
     python -m nanochat.retrieval export --output documents.jsonl --knowledge_base data/my_kb
+    python -m nanochat.retrieval export --to milvus --uri http://HOST:19530 --knowledge_base data/my_kb
     python -m nanochat.retrieval serve --knowledge_base data/my_kb --port 8090
 
 A line of documents: {"id": "policy_001", "title": "Return Policy", "content": "Customers can ...", "source":
 "optional", "metadata": {"lang": "en"}}. Without a command: build, or with --search: search.
+
+search, add, delete and stats also take a knowledge base that is elsewhere: --knowledge_base http://HOST:8090 (serve),
+milvus:http://HOST:19530#documents or milvus:data/big.db#documents.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ from nanochat.retrieval.knowledge_base import (
     open_knowledge_base,
     rollback,
 )
-from nanochat.retrieval.manager import RetrievalManager
+from nanochat.retrieval.manager import RetrievalManager, elsewhere
 from nanochat.retrieval.serve import Server
 
 
@@ -53,8 +57,16 @@ class Config:
     """build, add: the JSONL file to read."""
     output: Path | None = None
     """build: the directory of the knowledge base; one that is there gets a new version. export: a JSONL file."""
-    knowledge_base: Path | None = None
+    knowledge_base: str | None = None
     """All others: the knowledge base."""
+    to: Literal["jsonl", "milvus"] = "jsonl"
+    """export: where to."""
+    uri: str | None = None
+    """export --to milvus: a server's address (its token in MILVUS_TOKEN), or a file ending in .db."""
+    collection: str = "documents"
+    """export --to milvus: the name there."""
+    replace: bool = False
+    """export --to milvus: throw away what the collection has."""
     type: Literal["simple", "bm25", "dense", "hybrid"] | None = None
     """The retriever (build: simple if not given; others: the one the base was built with)."""
     search: str | None = None
@@ -153,6 +165,10 @@ def add(config: Config, settings: dict[str, Any]) -> None:
         raise UserError("give the documents to add: --documents FILE.jsonl")
     started = time.perf_counter()
     documents = _Progress(config.documents)
+    if far := _elsewhere(config, settings):
+        far.add(documents)
+        print0(f"added {documents.count:,} documents in {time.perf_counter() - started:.1f} s; {len(far):,} are there")
+        return
     knowledge_base = add_documents(_base(config), documents, **settings)
     _say_written(knowledge_base, "added", documents.count, time.perf_counter() - started)
 
@@ -166,6 +182,10 @@ def delete(config: Config, settings: dict[str, Any]) -> None:
             raise UserError(f"{config.ids_file}: cannot be read ({error}); give a text file of ids") from None
     if not ids:
         raise UserError("give the ids to delete: --ids ID,ID or --ids_file FILE")
+    if far := _elsewhere(config, settings):
+        far.delete(ids)
+        print0(f"deleted {len(ids):,} documents; {len(far):,} are there")
+        return
     started = time.perf_counter()
     knowledge_base = delete_documents(_base(config), ids, **settings)
     _say_written(knowledge_base, "deleted", len(ids), time.perf_counter() - started)
@@ -183,6 +203,8 @@ def search(config: Config, settings: dict[str, Any]) -> None:
     path = config.knowledge_base or config.output
     if path is None:
         raise UserError("--search needs the knowledge base to look in: --knowledge_base DIRECTORY")
+    if elsewhere(str(path)):
+        config.type, settings = None, _for_elsewhere(config, settings)
     manager = RetrievalManager(config.type, path, **settings)
     start = time.perf_counter()
     where = parse_filters(config.where)
@@ -200,6 +222,9 @@ def search(config: Config, settings: dict[str, Any]) -> None:
 
 
 def stats(config: Config, settings: dict[str, Any]) -> None:
+    if far := _elsewhere(config, settings):
+        _show_figures(config, far.stats())
+        return
     knowledge_base = open_knowledge_base(_base(config))
     manifest = knowledge_base.manifest
     figures: dict[str, Any] = {
@@ -215,6 +240,10 @@ def stats(config: Config, settings: dict[str, Any]) -> None:
     }
     if manifest["embedding"]:
         figures |= {f"embedding {name}": value for name, value in manifest["embedding"].items()}
+    _show_figures(config, figures)
+
+
+def _show_figures(config: Config, figures: dict[str, Any]) -> None:
     if config.json:
         print0(json.dumps(figures))
         return
@@ -229,10 +258,34 @@ def verify(config: Config, settings: dict[str, Any]) -> None:
 
 
 def export(config: Config, settings: dict[str, Any]) -> None:
+    if config.to == "milvus":
+        _export_to_milvus(config, settings)
+        return
     if config.output is None:
         raise UserError("give the file to write: --output FILE.jsonl")
     count = write_jsonl(config.output, open_knowledge_base(_base(config)).documents)
     print0(f"wrote {count:,} documents to {config.output}")
+
+
+def _export_to_milvus(config: Config, settings: dict[str, Any]) -> None:
+    from nanochat.retrieval.milvus_export import export_knowledge_base
+
+    if config.uri is None:
+        raise UserError("export to which Milvus? --uri http://HOST:19530, or --uri FILE.db")
+    knowledge_base = open_knowledge_base(_base(config))
+    started, watched = time.perf_counter(), sys.stderr.isatty()
+
+    def show(done: int) -> None:
+        if watched:
+            line = f"{done:,} of {len(knowledge_base):,} documents, {time.perf_counter() - started:.0f} s"
+            print(f"\r{line}\033[K", end="\n" if done == len(knowledge_base) else "", file=sys.stderr, flush=True)
+
+    settings = {**settings, **_token()}
+    made = export_knowledge_base(
+        knowledge_base, config.uri, config.collection, config.type, config.replace, show, **settings
+    )
+    print0(f"{made} has the {len(made):,} documents of {knowledge_base.directory}")
+    print0(f'try it: python -m nanochat.retrieval search "..." --knowledge_base "{made}"')
 
 
 def roll_back(config: Config, settings: dict[str, Any]) -> None:
@@ -266,7 +319,28 @@ _COMMANDS = {
 def _base(config: Config) -> Path:
     if config.knowledge_base is None:
         raise UserError("give the knowledge base: --knowledge_base DIRECTORY")
-    return config.knowledge_base
+    if elsewhere(config.knowledge_base):
+        raise UserError(f"{config.knowledge_base} is elsewhere: there are search, add, delete and stats for it")
+    return Path(config.knowledge_base)
+
+
+def _elsewhere(config: Config, settings: dict[str, Any]) -> Any:
+    """The retriever of a knowledge base that is elsewhere, or None."""
+    if config.knowledge_base is None or not elsewhere(config.knowledge_base):
+        return None
+    return RetrievalManager(None, config.knowledge_base, **_for_elsewhere(config, settings)).retriever
+
+
+def _for_elsewhere(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    if not config.knowledge_base.startswith("milvus:"):
+        if settings or config.type:
+            raise UserError(f"{config.knowledge_base} has its own settings; leave {next(iter(settings), 'type')} out")
+        return {}
+    return {**settings, **_token(), **({"search": config.type} if config.type else {})}
+
+
+def _token() -> dict[str, str]:
+    return {"token": os.environ["MILVUS_TOKEN"]} if os.environ.get("MILVUS_TOKEN") else {}
 
 
 class _Progress:

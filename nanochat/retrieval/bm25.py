@@ -59,14 +59,16 @@ class BM25Retriever(LexicalRetriever):
         return [rarity * count for rarity, count in zip(idf, counts, strict=True)]
 
     def posting_weights(self, terms: Terms) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(self._weights(part.pairs[:, 0], part.pairs[:, 1], terms), _NO_NORMS) for part in terms.parts]
+        mean = terms.mean_length
+        return [(self.term_part(part.pairs[:, 0], part.pairs[:, 1], mean), _NO_NORMS) for part in terms.parts]
 
-    def _weights(self, counts: np.ndarray, lengths: np.ndarray, terms: Terms) -> np.ndarray:
-        return counts / (counts + self.k1 * (1 - self.b + self.b * lengths / terms.mean_length))
+    def term_part(self, counts: np.ndarray, lengths: np.ndarray | int, mean_length: float) -> np.ndarray:
+        """A posting's weight without the idf."""
+        return counts / (counts + self.k1 * (1 - self.b + self.b * lengths / mean_length))
 
     def largest_weight(self, postings: Postings, term: int, terms: Terms) -> float:
         counts = np.array([1, 2, postings.most[term]])
-        return float(self._weights(counts, postings.shortest[term], terms).max())
+        return float(self.term_part(counts, postings.shortest[term], terms.mean_length).max())
 
     def settings(self) -> dict:
         own = {"k1": self.k1, "b": self.b, "variant": self.variant, "bm25_backend": self.bm25_backend}

@@ -25,18 +25,27 @@ class RetrievalClient:
             raise UserError(f"the server's address is {url!r}; it must begin with http:// or https://")
         self.url, self.timeout, self.queries_at_once = url.rstrip("/"), timeout, queries_at_once
 
-    def search(self, queries: list[str], top_k: int = 5, where: dict[str, Any] | None = None) -> list[list[Document]]:
+    def search(
+        self, queries: list[str], top_k: int = 5, where: dict[str, Any] | None = None, explain: bool = False
+    ) -> list[list[Document]]:
         if isinstance(queries, str):
             raise TypeError("search takes a list of queries; for one query: search([query])")
         found = []
         for start in range(0, len(queries), self.queries_at_once):
             some = list(queries[start : start + self.queries_at_once])
-            answer = self._ask("/search", {"queries": some, "top_k": top_k, "where": where})
+            answer = self._ask("/search", {"queries": some, "top_k": top_k, "where": where, "explain": explain})
             found += [[Document.from_dict(record) for record in hits] for hits in answer["results"]]
         return found
 
     def score(self, query: str, ids: list[str]) -> list[float]:
         return self._ask("/score", {"query": query, "ids": list(ids)})["scores"]
+
+    def get(self, ids: Iterable[str]) -> list[Document | None]:
+        ids, found = list(ids), []
+        for start in range(0, len(ids), self.queries_at_once):
+            some = ids[start : start + self.queries_at_once]
+            found += self._ask("/documents", {"ids": some})["documents"]
+        return [record and Document.from_dict(record) for record in found]
 
     def add(self, documents: Iterable[Document]) -> None:
         self._ask("/add", {"documents": [document.to_dict(with_score=False) for document in documents]})

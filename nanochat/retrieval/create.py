@@ -22,19 +22,22 @@ _SETTINGS = {
     "dense": _DENSE,
     "hybrid": tuple(dict.fromkeys((*_HYBRID, *_BM25, *_DENSE))),
 }
-RETRIEVER_TYPES = tuple(_SETTINGS)
+RETRIEVER_TYPES = tuple(_SETTINGS)  # over a knowledge base
+_SETTINGS["milvus"] = ("uri", "collection", "search", "token", "dense_index", *_SETTINGS["hybrid"])
+_SETTINGS["client"] = ("url", "timeout", "queries_at_once")
+ELSEWHERE = ("milvus", "client")  # their documents are not in a knowledge base of ours
 
 
 def setting_names(retriever_type: str) -> tuple[str, ...]:
     if retriever_type not in _SETTINGS:
-        near = difflib.get_close_matches(str(retriever_type), RETRIEVER_TYPES, n=1)
+        near = difflib.get_close_matches(str(retriever_type), _SETTINGS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"no retriever type {retriever_type!r}; use one of {', '.join(RETRIEVER_TYPES)}{hint}")
+        raise UserError(f"no retriever type {retriever_type!r}; use one of {', '.join(_SETTINGS)}{hint}")
     return _SETTINGS[retriever_type]
 
 
-def create_retriever(retriever_type: str, **settings: Any) -> Retriever:
-    """An empty retriever: simple, bm25, dense or hybrid."""
+def create_retriever(retriever_type: str, **settings: Any) -> Any:
+    """A retriever: simple, bm25, dense and hybrid are empty; milvus and client have what is there."""
     names = setting_names(retriever_type)
     for name in settings:
         if name not in names:
@@ -43,11 +46,29 @@ def create_retriever(retriever_type: str, **settings: Any) -> Retriever:
             raise UserError(f"the retriever {retriever_type!r} has no setting {name!r}{hint}")
     if retriever_type == "simple":
         return SimpleRetriever(**settings)
-    if retriever_type == "bm25":
-        return BM25Retriever(**settings)
-    if retriever_type == "dense":
-        return DenseRetriever(**settings)
-    own, bm25, dense = (
+    if retriever_type == "milvus":
+        from nanochat.retrieval.milvus import MilvusRetriever
+
+        return MilvusRetriever(**settings)
+    if retriever_type == "client":
+        from nanochat.retrieval.client import RetrievalClient
+
+        return RetrievalClient(**settings)
+    return assemble(retriever_type, settings)
+
+
+def assemble(
+    retriever_type: str,
+    settings: dict[str, Any],
+    bm25: type[BM25Retriever] = BM25Retriever,
+    dense: type[DenseRetriever] = DenseRetriever,
+) -> Retriever:
+    """bm25, dense, or both of them as hybrid, of these classes."""
+    own, of_bm25, of_dense = (
         {name: settings[name] for name in part if name in settings} for part in (_HYBRID, _BM25, _DENSE)
     )
-    return HybridRetriever(BM25Retriever(**bm25), DenseRetriever(**dense), **own)
+    if retriever_type == "bm25":
+        return bm25(**of_bm25)
+    if retriever_type == "dense":
+        return dense(**of_dense)
+    return HybridRetriever(bm25(**of_bm25), dense(**of_dense), **own)

@@ -97,7 +97,7 @@ class DenseRetriever(Retriever):
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors / np.where(lengths > 0, lengths, 1)
 
-    def _encode_queries(self, queries: list[str]) -> np.ndarray:
+    def encode_queries(self, queries: list[str]) -> np.ndarray:
         last = self._last_queries  # hybrid asks twice for the same queries: to rank, then to score
         if last is None or last[0] != queries:
             last = self._last_queries = (list(queries), self._encode(queries, "query", self.encoder))
@@ -123,7 +123,7 @@ class DenseRetriever(Retriever):
     def rank(
         self, documents: Collection, queries: list[str], top_k: int, masks: Masks
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        vectors = self._encode_queries(queries)
+        vectors = self.encode_queries(queries)
         pairs = list(zip(documents.segments, masks, strict=True))
         found = [self._nearest(segment, vectors, top_k + _SPARE, mask) for segment, mask in pairs]
         return [
@@ -153,7 +153,7 @@ class DenseRetriever(Retriever):
 
     def score_rows(self, documents: Collection, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
         found = []
-        for vector, of_query in zip(self._encode_queries(queries), rows, strict=True):
+        for vector, of_query in zip(self.encode_queries(queries), rows, strict=True):
             scores = np.zeros(len(of_query))
             for segment, first, places in zip(
                 documents.segments, documents.first_rows, documents.split(of_query), strict=False

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.retrieval.store import DocumentStore
+from nanochat.retrieval.document import Document
+from nanochat.retrieval.store import DocumentStore, field_values
 
 _COMPARE = {"gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte": operator.le}
 _SIGNS = {"=": "eq", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte"}
@@ -47,6 +48,15 @@ def _matching_fields(name: str, values: dict[tuple[bool, Any], list[int]], wante
         if all(_comparable(value, limit) and _COMPARE[sign](value, limit) for sign, limit in wanted.items()):
             fields += numbers
     return fields
+
+
+def passes(document: Document, where: dict[str, Any]) -> bool:
+    """The same for one document."""
+    for name, wanted in where.items():
+        values = {(isinstance(value, bool), value): [0] for of, value in field_values(document) if of == name}
+        if not _matching_fields(name, values, wanted):
+            return False
+    return True
 
 
 def _comparable(value: Any, limit: Any) -> bool:

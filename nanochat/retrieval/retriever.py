@@ -2,6 +2,7 @@
 
     search(queries, top_k)  the best documents for each query, best first, equal scores in the order of their ids
     score(query, ids)       the exact scores of given documents (fusing two retrievers needs it)
+    get(ids)                the documents themselves
     add(documents)          a document whose id is there already replaces it
     delete(ids)
     save(directory), load(directory)
@@ -110,6 +111,11 @@ class Retriever(ABC):
     def score(self, query: str, ids: list[str]) -> list[float]:
         documents = self.documents
         return self.score_rows(documents, [query], [documents.rows(ids)])[0].tolist()
+
+    def get(self, ids: Iterable[str]) -> list[Document | None]:
+        """The documents of these ids; None for those that are not there."""
+        rows = [self.documents.row_of(id) for id in ids]
+        return [self.documents[row] if row >= 0 else None for row in rows]
 
     def over(self, documents: Collection) -> Retriever:
         """The same over another collection; a search under way goes on over this one."""

@@ -4,6 +4,8 @@
 
     POST /search   {"queries": ["return policy", ...], "top_k": 5, "where": {...}?}
                    -> {"version": "v0002", "results": [[{"id", "title", "content", "score", ...}, ...], ...]}
+                   "explain": true adds each part's rank and score
+    POST /documents {"ids": [...]} -> {"documents": [{...} or null, ...]}
     POST /score    {"query": "...", "ids": [...]} -> {"scores": [...]}
     POST /add      {"documents": [...]}, POST /delete {"ids": [...]}: only with --allow_changes true
     GET  /stats    what the base is
@@ -52,14 +54,22 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(answers.get(self.path))
 
     def do_POST(self) -> None:
-        answers = {"/search": self._search, "/score": self._score, "/add": self._add, "/delete": self._delete}
+        answers = {
+            "/search": self._search,
+            "/documents": self._documents,
+            "/score": self._score,
+            "/add": self._add,
+            "/delete": self._delete,
+        }
         self._answer(answers.get(self.path), self._body)
 
     def _answer(self, answer: Any, read: Any = None) -> None:
         try:
             if answer is None:
                 self.close_connection = True  # what a POST brought is not read
-                self._send(404, {"error": f"no {self.path} here; there are /search, /score, /stats, /health"})
+                self._send(
+                    404, {"error": f"no {self.path} here; there are /search, /documents, /score, /stats, /health"}
+                )
             else:
                 self._send(200, answer(read()) if read else answer())
         except UserError as error:
@@ -86,8 +96,12 @@ class Handler(BaseHTTPRequestHandler):
             raise UserError(f'"top_k" must be a whole number from 1 to {MOST_RESULTS:,}')
         if where is not None and not isinstance(where, dict):
             raise UserError('"where" must be an object, such as {"lang": "en"}')
-        version, found = self.server.manager.search_with_version(queries, top_k, where)
+        version, found = self.server.manager.search_with_version(queries, top_k, where, bool(body.get("explain")))
         return {"version": version, "results": [[document.to_dict() for document in hits] for hits in found]}
+
+    def _documents(self, body: dict[str, Any]) -> dict[str, Any]:
+        found = self.server.manager.retriever.get(_strings(body, "ids"))
+        return {"documents": [document and document.to_dict(with_score=False) for document in found]}
 
     def _score(self, body: dict[str, Any]) -> dict[str, Any]:
         (query,) = _strings({"query": [body.get("query")]}, "query")

@@ -116,7 +116,7 @@ class StoreWriter:
     def add(self, document: Document) -> None:
         line = document.to_line()
         row = len(self._ids)
-        for name, value in _field_values(document) if document.source or document.metadata else ():
+        for name, value in field_values(document) if document.source or document.metadata else ():
             key = json.dumps([name, value], ensure_ascii=False)
             number = self._field_numbers.setdefault(key, len(self._field_numbers))
             if number == len(self._field_rows):
@@ -158,7 +158,7 @@ class StoreWriter:
         self._file.close()
 
 
-def _field_values(document: Document) -> Iterator[tuple[str, Any]]:
+def field_values(document: Document) -> Iterator[tuple[str, Any]]:
     """What filters see: the source, and metadata that are a string, a number or a boolean, or a list of such."""
     if document.source:
         yield "source", document.source

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
+import tempfile
+import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 
-from nanochat.retrieval import Document
+from nanochat.retrieval import Document, RetrievalManager
 from nanochat.retrieval.create import create_retriever
+from nanochat.retrieval.knowledge_base import build_knowledge_base
+from nanochat.retrieval.serve import Server
 
 QUERIES = ["baun", "beun caun", "zzz unknown", "baun baun mauun myun dyun", "cyun feun giun houn", ""]
 
@@ -31,8 +38,28 @@ class TinyEncoder:
         return vectors
 
 
+_numbers = itertools.count()
+
+
+@functools.cache
+def _milvus_file() -> str:
+    return f"{tempfile.mkdtemp()}/kb.db"  # one for all: starting Milvus takes a second
+
+
 def make(kind: str, **settings):
     retriever_type = kind.split()[0]
+    if retriever_type == "milvus":
+        search = kind.split()[1]
+        if search != "bm25":
+            settings.setdefault("encoder", TinyEncoder())
+        collection = f"test_{next(_numbers)}"
+        return create_retriever("milvus", uri=_milvus_file(), collection=collection, search=search, **settings)
+    if retriever_type == "client":
+        path = Path(tempfile.mkdtemp()) / "kb"
+        build_knowledge_base([], path, "bm25")
+        server = Server(RetrievalManager(knowledge_base_path=path), "127.0.0.1", 0, allow_changes=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return create_retriever("client", url=f"http://127.0.0.1:{server.server_port}")
     if retriever_type in ("dense", "hybrid"):
         settings.setdefault("encoder", TinyEncoder())
     if kind == "hybrid rrf":
