@@ -7,7 +7,7 @@
         meta.json               model config, training config, step, data position, RNG, git revision
         COMPLETE                written last; a directory without it is ignored
 
-Sources are the stages of training: base, mid, rag.
+Sources are the stages of training: base, mid, rag, embed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MARKER = "COMPLETE"
+_SCRIPTS = {"base": "base_train", "mid": "chat_sft", "rag": "rag_finetune", "embed": "embed_finetune"}
 
 
 def checkpoint_root(source: str, model_tag: str) -> Path:
@@ -46,8 +47,7 @@ def find_model_tag(source: str, model_tag: str = "") -> str:
             raise UserError(f"no complete checkpoint in {root / model_tag}{known}")
         return model_tag
     if not tags:
-        stage = {"base": "scripts.base_train", "mid": "scripts.chat_sft", "rag": "scripts.rag_finetune"}.get(source)
-        hint = f": train one with python -m {stage}" if stage else ""
+        hint = f": train one with python -m scripts.{_SCRIPTS[source]}" if source in _SCRIPTS else ""
         raise UserError(f"no checkpoint of source '{source}' in {root}{hint}")
     return max(tags, key=lambda d: (d / _step_name(list_steps(d)[-1]) / MARKER).stat().st_mtime).name
 

@@ -25,6 +25,10 @@ class Batch:
     targets: Tensor
     seq_idx: Tensor
 
+    @property
+    def learned(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.seq_idx)))
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,6 @@ from nanochat.model.fp8 import use_fp8
 from nanochat.model.kernels import set_ssm_kernel
 from nanochat.model.lm import IGNORE, HybridLM
 from nanochat.optim import Optimizers
-from nanochat.packing import Batch
 from nanochat.report import write_report
 from nanochat.tokenizer import Tokenizer
 
@@ -102,10 +101,12 @@ class TrainConfig:
 
 
 class Batches(Protocol):
+    """get: a Batch, or whatever else the phase's loss takes, with `learned` (what losses are divided by) and `to`."""
+
     max_seq_len: int
     rows_per_step: int
 
-    def get(self, step: int, which: range | None = None) -> Batch: ...
+    def get(self, step: int, which: range | None = None) -> Any: ...
 
 
 @dataclass
@@ -119,6 +120,13 @@ class Phase:
     """Train the first blocks only, with the output layer right after them; the others are left as they are."""
     lr: float = 1.0
     """Scales the learning rates."""
+    loss: Callable[[HybridLM, Any], torch.Tensor] | None = None
+    """The sum of a batch's losses; None: of the next token."""
+
+    def sum_of_losses(self, model: HybridLM, batch: Any) -> torch.Tensor:
+        if self.loss is not None:
+            return self.loss(model, batch)
+        return model(batch.tokens, batch.targets, seq_idx=batch.seq_idx, reduction="sum", depth=self.depth)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -262,7 +270,7 @@ def train(
         batches = phase.batches
         shares = _micro_batches(batches.rows_per_step, config.device_batch_size, compute)
         micros = [batches.get(taken[phase_index], rows) for rows in shares]
-        counts = torch.tensor([sum((b.targets != IGNORE).sum().item() for b in micros)], dtype=torch.float64)
+        counts = torch.tensor([sum(batch.learned for batch in micros)], dtype=torch.float64)
         counts = counts.to(compute.device, torch.float32 if compute.device.type == "mps" else torch.float64)
         _sum_over_ranks(counts, compute)
         learned = max(1.0, counts.item())
@@ -270,8 +278,7 @@ def train(
         for batch in micros:
             batch = batch.to(compute.device)
             with autocast(compute.device, dtype):
-                loss = model(batch.tokens, batch.targets, seq_idx=batch.seq_idx, reduction="sum", depth=phase.depth)
-                loss = loss / learned
+                loss = phase.sum_of_losses(model, batch) / learned
             loss.backward()
             loss_sum += loss.detach()
         _sum_gradients(model, compute)
@@ -390,12 +397,12 @@ def print_plan(model: HybridLM, phases: list[Phase], config: TrainConfig, comput
     for _ in range(2):  # the first pass warms up
         began = time.perf_counter()
         with autocast(compute.device, dtype):
-            loss = model(batch.tokens, batch.targets, seq_idx=batch.seq_idx)
+            loss = phase.sum_of_losses(model, batch)
         loss.backward()
         loss.item()
         seconds = time.perf_counter() - began
         model.zero_grad(set_to_none=True)
-    rate = batch.tokens.numel() * compute.world_size / seconds
+    rate = len(rows) * phase.batches.max_seq_len * compute.world_size / seconds
     estimate = total / rate / 60
     if config.max_minutes > 0:
         estimate = min(estimate, config.max_minutes)

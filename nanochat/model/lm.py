@@ -230,6 +230,7 @@ class HybridLM(nn.Module):
         reduction: str = "mean",
         last_only: bool = False,
         depth: int | None = None,
+        states: bool = False,
     ) -> Tensor:
         """Logits (B, L, V), or with targets the cross-entropy.
 
@@ -238,6 +239,7 @@ class HybridLM(nn.Module):
         order. seq_idx (B, L) marks packed documents: attention does not look across and the scan restarts.
         cache: continue from it and extend it; valid (B,) then counts each row's real tokens, right padding follows.
         last_only: logits (B, V) of each row's last real token. depth: only the first blocks, for training them first.
+        states: the normed states (B, L, D) that the output layer would get, in place of logits.
         """
         if cache is not None and seq_idx is not None:
             raise ValueError("packed documents (seq_idx) cannot be combined with a cache")
@@ -278,4 +280,6 @@ class HybridLM(nn.Module):
             return total if reduction == "sum" else total / max(1, len(answers))
         if last_only:
             x = x[:, -1] if valid is None else x[torch.arange(B, device=x.device), valid - 1]
+        if states:
+            return self.norm(x)
         return self.lm_head(self.norm(x)).float()

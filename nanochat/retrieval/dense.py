@@ -1,4 +1,4 @@
-"""Dense retrieval: texts as vectors of a sentence-transformers model, nearest by cosine.
+"""Dense retrieval: texts as vectors of a sentence-transformers model or of our own, nearest by cosine.
 
 Candidates come from nanochat.retrieval.ann; they are scored again one by one, so that results do not depend on which
 index ran, nor on how a matrix product was cut into blocks. Reimers and Gurevych, "Sentence-BERT" (2019).
@@ -46,8 +46,9 @@ class DenseRetriever(Retriever):
         faiss_index: str = "auto",
         **text: Any,
     ):
-        """encoder: an object with encode(list of texts) -> array (texts, D), not a sentence-transformers model. dtype:
-        float32, bfloat16 or auto, for encoding documents: auto tries which is faster here.
+        """model: of sentence-transformers, by name or folder; or our own, self (the newest that scripts.embed_finetune
+        has trained), self:SOURCE or self:SOURCE/TAG. encoder: an object with encode(list of texts) -> array (texts, D),
+        in place of it. dtype: float32, bfloat16 or auto, for encoding documents: auto tries which is faster here.
         text: see Retriever; every base keeps the words of its documents too."""
         super().__init__(**text)
         if dtype not in ("auto", "float32", "bfloat16"):
@@ -70,13 +71,21 @@ class DenseRetriever(Retriever):
     def encoder(self) -> Any:
         if self._given_encoder is not None:
             return self._given_encoder
+        if self.model.partition(":")[0] == "self":
+            from nanochat.retrieval.lm_encoder import LMEncoder  # has torch with it
+
+            return LMEncoder(self.model, self.device, self.dtype)
         advice = "--type bm25, which needs no model"
         return load_model("SentenceTransformer", self.model, self.device, "embeds texts", advice)
+
+    @property
+    def _of_sentence_transformers(self) -> bool:
+        return self._given_encoder is None and self.model.partition(":")[0] != "self"
 
     @cached_property
     def encoder_hash(self) -> str:
         """Tells embedding models apart by what they compute with, whatever they are called and wherever they lie."""
-        if self._given_encoder is not None:
+        if not self._of_sentence_transformers:
             return str(getattr(self.encoder, "fingerprint", self.model))
         digest = hashlib.sha256(f"max_seq_length={self.encoder.max_seq_length}".encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
@@ -87,7 +96,8 @@ class DenseRetriever(Retriever):
     def _encode(self, texts: list[str], kind: str, encoder: Any) -> np.ndarray:
         # models that tell queries from documents (by a prompt) have a method for each
         encode = getattr(encoder, f"encode_{kind}", encoder.encode)
-        options = {} if self._given_encoder is not None else {"batch_size": self.batch_size, "show_progress_bar": False}
+        sizes = {"batch_size": self.batch_size, "show_progress_bar": False}
+        options = sizes if self._of_sentence_transformers else {}
         vectors = np.asarray(encode(texts, **options), dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
             raise UserError(
@@ -107,7 +117,7 @@ class DenseRetriever(Retriever):
         return self._encode_documents
 
     def _encode_documents(self, texts: list[str]) -> np.ndarray:
-        if self._given_encoder is None and self._documents_encoder is None and len(texts) >= _PROBED:
+        if self._of_sentence_transformers and self._documents_encoder is None and len(texts) >= _PROBED:
             self._documents_encoder = _faster(self.encoder, texts[:_PROBED], self.batch_size, self.dtype)
         vectors = self._encode(texts, "document", self._documents_encoder or self.encoder)
         for segment in self.documents.segments[:1]:
