@@ -5,6 +5,7 @@
     python -m nanochat.retrieval add --documents new.jsonl --knowledge_base data/my_kb
     python -m nanochat.retrieval delete --ids policy_001,policy_002 --knowledge_base data/my_kb
     python -m nanochat.retrieval index --type hybrid --model all-MiniLM-L6-v2 --knowledge_base data/my_kb
+    torchrun --standalone --nproc_per_node=8 -m nanochat.retrieval index ...    (encoding on all GPUs)
     python -m nanochat.retrieval stats|verify|rollback --knowledge_base data/my_kb
     python -m nanochat.retrieval export --output documents.jsonl --knowledge_base data/my_kb
     python -m nanochat.retrieval export --to milvus --uri http://HOST:19530 --knowledge_base data/my_kb
@@ -35,7 +36,9 @@ from typing import Any, Literal
 
 from nanochat.common import UserError, print0, run_main
 from nanochat.config import load_config
+from nanochat.retrieval import sharding
 from nanochat.retrieval.create import setting_names
+from nanochat.retrieval.dense import DenseRetriever
 from nanochat.retrieval.document import Document, iter_documents, write_jsonl
 from nanochat.retrieval.filters import parse_filters
 from nanochat.retrieval.knowledge_base import (
@@ -90,7 +93,8 @@ class Config:
     allow_changes: bool = False
     """serve: let clients add and delete documents."""
     model: str | None = None
-    """dense, hybrid: a sentence-transformers model, by name or folder (all-MiniLM-L6-v2)."""
+    """dense, hybrid: a sentence-transformers model, by name or folder (all-MiniLM-L6-v2), or self, self:SOURCE,
+    self:SOURCE/TAG: one of our own (scripts.embed_finetune)."""
     device: str | None = None
     """dense, hybrid: where the model runs (cpu, cuda; chosen if not given)."""
     batch_size: int | None = None
@@ -99,6 +103,8 @@ class Config:
     """dense, hybrid: the type in which documents are encoded (auto: what is faster here)."""
     faiss_index: Literal["auto", "flat", "hnsw", "ivf_sq8"] | None = None
     """dense, hybrid: how vectors are searched (auto: flat up to 50,000, hnsw up to a million, ivf_sq8 above)."""
+    faiss_gpu: bool | None = None
+    """dense, hybrid: train and compare vectors on the GPUs (needs faiss-gpu-cu12)."""
     alpha: float | None = None
     """hybrid: the weight of dense against bm25 (0.5)."""
     fusion: Literal["minmax", "rrf"] | None = None
@@ -106,7 +112,7 @@ class Config:
     candidates: int | None = None
     """hybrid: how many documents each of the two proposes (100)."""
     rerank: str | None = None
-    """hybrid: a cross-encoder, by name or folder, that orders the best anew."""
+    """hybrid: a cross-encoder, by name or folder, that orders the best anew; or self, self:SOURCE: our own model."""
     rerank_candidates: int | None = None
     """hybrid: how many it reads (30)."""
     k1: float | None = None
@@ -143,7 +149,11 @@ def main() -> None:
         for f in dataclasses.fields(Config)
         if f.name in _SETTINGS and (value := getattr(config, f.name)) is not None
     }
-    _COMMANDS[command or ("search" if config.search is not None else "build")](config, settings)
+    with sharding.group():
+        if sharding.rank():  # the other processes of torchrun encode what rank 0 hands them
+            sharding.help_encoding(lambda saved: DenseRetriever(**saved).encode_documents)
+        else:
+            _COMMANDS[command or ("search" if config.search is not None else "build")](config, settings)
 
 
 def build(config: Config, settings: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def kind_for(N: int, kind: str) -> str:
     return "flat" if N <= 50_000 else "hnsw" if N <= 1_000_000 else "ivf_sq8"
 
 
-def build(embeddings: np.ndarray, kind: str) -> Any:
+def build(embeddings: np.ndarray, kind: str, gpu: bool = False) -> Any:
     """A FAISS index over unit vectors (N, D), or None for flat."""
     N, D = embeddings.shape
     kind = kind_for(N, kind)
@@ -48,11 +48,13 @@ def build(embeddings: np.ndarray, kind: str) -> Any:
         clusters = min(4096, max(1, N // 40))
         index = faiss.index_factory(D, f"IVF{clusters},SQ8", faiss.METRIC_INNER_PRODUCT)
         index.nprobe = max(8, clusters // 256)
+        if gpu:
+            index = _gpu(faiss).index_cpu_to_all_gpus(index)
         chosen = np.random.default_rng(0).choice(N, min(N, 64 * clusters), replace=False)
         index.train(np.ascontiguousarray(embeddings[np.sort(chosen)]))
     for start in range(0, N, 1 << 16):  # piece by piece: the vectors may be mapped from disk
         index.add(np.ascontiguousarray(embeddings[start : start + (1 << 16)]))
-    return index
+    return faiss.index_gpu_to_cpu(index) if gpu and kind == "ivf_sq8" else index
 
 
 def read(path: Path, shape: tuple[int, int]) -> Any:
@@ -72,7 +74,9 @@ def write(index: Any, path: Path) -> None:
     _faiss().write_index(index, str(path))
 
 
-def nearest(index: Any, embeddings: np.ndarray, vectors: np.ndarray, n: int, mask: np.ndarray) -> list[np.ndarray]:
+def nearest(
+    index: Any, embeddings: np.ndarray, vectors: np.ndarray, n: int, mask: np.ndarray, gpu: bool = False
+) -> list[np.ndarray]:
     """For each of the vectors (Q, D), rows of the n nearest that the mask allows ((N,) bool, or (0,): all), in no
     order; fewer if there are no more, or the index finds no more."""
     allowed = np.flatnonzero(mask) if len(mask) else None
@@ -85,6 +89,9 @@ def nearest(index: Any, embeddings: np.ndarray, vectors: np.ndarray, n: int, mas
     if index is None:
         if faiss is None:
             return _products(vectors, embeddings, n)
+        if gpu:
+            resources, ip = _gpu(faiss).StandardGpuResources(), faiss.METRIC_INNER_PRODUCT
+            return list(faiss.knn_gpu(resources, vectors, np.ascontiguousarray(embeddings), n, metric=ip)[1])
         return list(faiss.knn(vectors, embeddings, n, metric=faiss.METRIC_INNER_PRODUCT)[1])
     wider = {"efSearch": max(64, 2 * n)} if hasattr(index, "hnsw") else {"nprobe": index.nprobe}
     if allowed is not None:
@@ -111,6 +118,12 @@ def recall(index: Any, embeddings: np.ndarray, sample: int = 200, n: int = 10) -
     exact = nearest(None, embeddings, vectors, n, all_of_them)
     found = nearest(index, embeddings, vectors, n, all_of_them)
     return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(exact, found, strict=True)]))
+
+
+def _gpu(faiss: Any) -> Any:
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise UserError("--faiss_gpu needs faiss for GPUs; pip install faiss-gpu-cu12, or leave it out")
+    return faiss
 
 
 def _faiss() -> Any:

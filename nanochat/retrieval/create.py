@@ -14,7 +14,7 @@ from nanochat.retrieval.simple import SimpleRetriever
 
 TEXT_SETTINGS = ("language", "stem", "stop_words", "title_weight")
 _BM25 = ("k1", "b", "variant", "bm25_backend", *TEXT_SETTINGS)
-_DENSE = ("model", "encoder", "device", "batch_size", "dtype", "faiss_index", *TEXT_SETTINGS)
+_DENSE = ("model", "encoder", "device", "batch_size", "dtype", "faiss_index", "faiss_gpu", *TEXT_SETTINGS)
 _HYBRID = ("alpha", "fusion", "candidates", "rerank", "rerank_candidates", "reranker")
 _SETTINGS = {
     "simple": (*TEXT_SETTINGS, "sublinear"),

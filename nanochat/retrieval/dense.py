@@ -26,6 +26,7 @@ from nanochat.retrieval import ann
 from nanochat.retrieval.collection import Collection, Masks
 from nanochat.retrieval.retriever import Retriever
 from nanochat.retrieval.segment import Encode, Segment
+from nanochat.retrieval.sharding import local_device, sharded
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _SPARE = 16  # candidates beyond top_k, for those that rounding or a tie may have put just outside
@@ -44,11 +45,13 @@ class DenseRetriever(Retriever):
         batch_size: int = 64,
         dtype: str = "auto",
         faiss_index: str = "auto",
+        faiss_gpu: bool = False,
         **text: Any,
     ):
         """model: of sentence-transformers, by name or folder; or our own, self (the newest that scripts.embed_finetune
         has trained), self:SOURCE or self:SOURCE/TAG. encoder: an object with encode(list of texts) -> array (texts, D),
         in place of it. dtype: float32, bfloat16 or auto, for encoding documents: auto tries which is faster here.
+        faiss_gpu: clusters are trained and vectors compared one by one on the GPUs, by faiss-gpu.
         text: see Retriever; every base keeps the words of its documents too."""
         super().__init__(**text)
         if dtype not in ("auto", "float32", "bfloat16"):
@@ -60,7 +63,7 @@ class DenseRetriever(Retriever):
         elif Path(model).is_dir():
             model = str(Path(model).resolve())  # so that the knowledge base opens from any working directory
         self.model, self.device, self.batch_size, self.faiss_index = model, device, batch_size, faiss_index
-        self.dtype = dtype
+        self.dtype, self.faiss_gpu = dtype, faiss_gpu
         self._given_encoder = encoder
         self._documents_encoder: Any = None
         self._last_queries: tuple[list[str], np.ndarray] | None = None
@@ -74,9 +77,9 @@ class DenseRetriever(Retriever):
         if self.model.partition(":")[0] == "self":
             from nanochat.retrieval.lm_encoder import LMEncoder  # has torch with it
 
-            return LMEncoder(self.model, self.device, self.dtype)
+            return LMEncoder(self.model, local_device(self.device), self.dtype)
         advice = "--type bm25, which needs no model"
-        return load_model("SentenceTransformer", self.model, self.device, "embeds texts", advice)
+        return load_model("SentenceTransformer", self.model, local_device(self.device), "embeds texts", advice)
 
     @property
     def _of_sentence_transformers(self) -> bool:
@@ -114,9 +117,13 @@ class DenseRetriever(Retriever):
         return last[1]
 
     def encoding(self) -> Encode:
-        return self._encode_documents
+        if self._given_encoder is not None:
+            return self.encode_documents
+        return sharded(
+            self.encode_documents, {**self.settings(), "device": self.device}
+        )  # with what other processes there are
 
-    def _encode_documents(self, texts: list[str]) -> np.ndarray:
+    def encode_documents(self, texts: list[str]) -> np.ndarray:
         if self._of_sentence_transformers and self._documents_encoder is None and len(texts) >= _PROBED:
             self._documents_encoder = _faster(self.encoder, texts[:_PROBED], self.batch_size, self.dtype)
         vectors = self._encode(texts, "document", self._documents_encoder or self.encoder)
@@ -159,7 +166,7 @@ class DenseRetriever(Retriever):
                 found[at] = self._nearest(documents.segments[at], vector[None], n, masks[at])[0]
 
     def _nearest(self, segment: Segment, vectors: np.ndarray, n: int, mask: np.ndarray) -> list[np.ndarray]:
-        return ann.nearest(self.index_of(segment), segment.embeddings, vectors, n, mask)
+        return ann.nearest(self.index_of(segment), segment.embeddings, vectors, n, mask, self.faiss_gpu)
 
     def score_rows(self, documents: Collection, queries: list[str], rows: list[np.ndarray]) -> list[np.ndarray]:
         found = []
@@ -181,7 +188,7 @@ class DenseRetriever(Retriever):
             if path is not None and path.exists():
                 segment.faiss = ann.read(path, segment.embeddings.shape)
             if segment.faiss is None:
-                segment.faiss = ann.build(segment.embeddings, self.faiss_index)
+                segment.faiss = ann.build(segment.embeddings, self.faiss_index, self.faiss_gpu)
         return segment.faiss
 
     # --- files

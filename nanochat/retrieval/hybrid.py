@@ -43,7 +43,8 @@ class HybridRetriever(Retriever):
         rerank_candidates: int = 30,
         reranker: Any = None,
     ):
-        """rerank: a cross-encoder by name or folder, which puts the best `rerank_candidates` in its own order.
+        """rerank: a cross-encoder by name or folder, which puts the best `rerank_candidates` in its own order; or our
+        own model (nanochat.retrieval.lm_rerank): self, self:SOURCE or self:SOURCE/TAG.
         reranker: an object with score(query, documents) -> array, in place of one."""
         self.bm25 = BM25Retriever() if bm25 is None else bm25
         super().__init__(self.bm25.language, self.bm25.stem, self.bm25.stop_words, self.bm25.title_weight)
@@ -62,7 +63,11 @@ class HybridRetriever(Retriever):
 
     @property
     def reranker(self) -> Any:
-        if self._reranker is None and self.rerank:
+        if self._reranker is None and self.rerank.partition(":")[0] == "self":
+            from nanochat.retrieval.lm_rerank import LMReranker  # has torch with it
+
+            self._reranker = LMReranker(self.rerank, self.dense.device)
+        elif self._reranker is None and self.rerank:
             self._reranker = CrossEncoderReranker(self.rerank, self.dense.device)
         return self._reranker
 

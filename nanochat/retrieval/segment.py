@@ -22,7 +22,7 @@ from nanochat.retrieval.postings import Postings, hash64, load_array
 from nanochat.retrieval.store import DocumentStore, StoreWriter
 
 Encode = Callable[[Sequence[str]], np.ndarray]
-ENCODED_AT_ONCE = 1024  # documents whose embeddings are computed and written together
+ENCODED_AT_ONCE = 4096  # documents whose embeddings are computed and written together
 
 
 class Segment:
