@@ -147,6 +147,12 @@ def count_documents(conversation: dict[str, Any]) -> int:
     return sum(len(documents) for message in conversation["messages"] for documents, _ in _message_blocks(message))
 
 
+def block_documents(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The documents that the conversation shows, as objects."""
+    blocks = [block for message in conversation["messages"] for block in _message_blocks(message)]
+    return [_as_dict(document) for documents, _ in blocks for document in documents]
+
+
 def answer_ids(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[int]:
     """The text tokens of a generated answer as they come: up to <|assistant_end|>, without searches, what they found,
     and markers."""

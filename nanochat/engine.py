@@ -1,4 +1,5 @@
-"""Inference: prefill in pieces, batched decoding with rows that come and go, streaming, reuse of what was read before.
+"""Inference: prefill in pieces, batched decoding with rows that come and go, streaming, reuse of what was read before,
+searches that the model writes into its answer (nanochat/searching.py).
 
 Rows are padded on the right and the padding leaves every state untouched, so a row's answer does not depend on the
 rows beside it.
@@ -9,20 +10,20 @@ rows beside it.
 
 from __future__ import annotations
 
-import random
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
 from nanochat.conversation import answer_text, render_prompt
 from nanochat.model.cache import Cache
 from nanochat.model.lm import HybridLM
 from nanochat.sampling import Sampling, TextStream, sample
+from nanochat.searching import Hop, Request, Searching, look_up
 from nanochat.tokenizer import Tokenizer
 
 
@@ -31,13 +32,30 @@ class Generation:
     """What came with an answer besides its text."""
 
     ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    """1 for what the model wrote, 0 for what its searches found."""
     prompt_tokens: int = 0
     reused_tokens: int = 0
     """Tokens of the prompt whose state was still there from before."""
     finish_reason: str = "length"
-    """"stop": the model ended its message, or wrote a stop text; "length": max_tokens reached."""
+    """"stop": the model ended its message, or wrote a stop text; "length": max_tokens reached; "hops": max_hops."""
+    hops: list[Hop] = field(default_factory=list)
+    message: dict[str, Any] = field(default_factory=dict)
+    """The answer as the conversation's next message, with its searches and what they found."""
     first_token_seconds: float = 0.0
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, request: Request) -> Generation:
+        return cls(
+            request.ids,
+            request.mask,
+            len(request.prompt),
+            request.reused_tokens,
+            request.finish_reason,
+            request.hops,
+            request.message(),
+        )
 
 
 class PrefixCache:
@@ -69,35 +87,6 @@ class PrefixCache:
         return sum(cache.nbytes for cache in self.states.values())
 
 
-class Request:
-    """One prompt on its way to an answer. `ids` grows by what the model writes, without its end token."""
-
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer):
-        if not prompt:
-            raise UserError("a prompt is empty")
-        self.prompt, self.sampling = list(prompt), sampling
-        self.ids: list[int] = []
-        self.finish_reason = ""  # empty while it runs
-        self.reused_tokens = 0
-        self._random = random.Random(sampling.seed)
-        self._stops = TextStream(tokenizer, sampling.stop) if sampling.stop else None
-
-    def draw(self) -> float:
-        return self._random.random() if self.sampling.temperature > 0 else 0.0
-
-    def take(self, token: int, end: int) -> None:
-        if token == end:
-            self.finish_reason = "stop"
-            return
-        self.ids.append(token)
-        if self._stops is not None:
-            self._stops.feed(token)
-        if self._stops is not None and self._stops.stopped:
-            self.finish_reason = "stop"
-        elif len(self.ids) == self.sampling.max_tokens:
-            self.finish_reason = "length"
-
-
 class Batch:
     """Requests decoded together. New ones join between two steps, as soon as `join_at` rows are free, and rows that
     have ended leave: nobody waits for the longest answer (Orca, Yu et al. 2022)."""
@@ -106,6 +95,7 @@ class Batch:
         self.engine, self.max_rows, self.join_at = engine, max_rows, min(join_at, max_rows)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.searching: list[tuple[Request, Cache]] = []  # rows that wait for documents
         self._cache: Cache | None = None
         self._last: Tensor | None = None  # the running rows' newest tokens, not read yet
 
@@ -115,6 +105,7 @@ class Batch:
 
     def drop(self, request: Request) -> None:
         """Give a request up, wherever it is."""
+        self.searching = [row for row in self.searching if row[0] is not request]
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.running:
@@ -123,16 +114,21 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """One more token for every running row, or the first for those that join; returns the rows that got one.
-        Empty when there is nothing left to do."""
-        joining = []
-        free = self.max_rows - len(self.running)
+        """One more token for every running row, or the first for those that join or have searched; returns the rows
+        that got one. Empty when there is nothing left to do."""
+        joining, resuming = [], []
+        free = self.max_rows - len(self.running) - len(self.searching)
         if self.waiting and (not self.running or free >= self.join_at):
             joining = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        parts = []  # caches and logits of the rows that go on, then of those that join
+        if self.searching and (len(self.searching) >= self.join_at or not (self.running or joining)):
+            resuming, self.searching = self.searching, []
+        parts = []  # caches and logits of the rows that go on, then of those that have searched or join
         if self.running:
             logits = self.engine.model(self._last.unsqueeze(-1), cache=self._cache, last_only=True)
             parts.append((self._cache, logits))
+        if resuming:
+            parts.append(self.engine.resume(resuming))
+            self.running = self.running + [request for request, _ in resuming]
         if joining:
             parts += self.engine.prefill(joining)
             self.running = self.running + joining
@@ -142,11 +138,20 @@ class Batch:
         logits = torch.cat([logits for _, logits in parts])
         rows = self.running
         seen = [r.prompt + r.ids for r in rows] if any(r.sampling.repetition_penalty != 1 for r in rows) else None
+        for row, request in enumerate(rows):
+            if request.forbidden:
+                logits[row, request.forbidden] = -torch.inf
         self._last = sample(logits, [r.sampling for r in rows], [r.draw() for r in rows], seen)
         for request, token in zip(rows, self._last.tolist(), strict=True):
             request.take(token, self.engine.end)
-        self._keep([i for i, request in enumerate(rows) if not request.finish_reason])
+        for row, request in enumerate(rows):
+            if request.waiting and not request.finish_reason:
+                self.searching.append((request, self._cache.select(self._index([row]))))
+        self._keep([i for i, request in enumerate(rows) if not (request.finish_reason or request.waiting)])
         return rows
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self.engine.model.device)
 
     def _keep(self, rows: list[int]) -> None:
         """Let the other rows leave; what they have read is kept for a prompt that goes on from there."""
@@ -155,9 +160,11 @@ class Batch:
         if self.engine.prefixes is not None and self._cache is not None:
             for row in set(range(len(self.running))) - set(rows):
                 request, length = self.running[row], int(self._cache.lengths[row])
-                state = self._cache.select(torch.tensor([row], device=self._cache.lengths.device))
+                if request.waiting:
+                    continue
+                state = self._cache.select(self._index([row]))
                 self.engine.prefixes.put((request.prompt + request.ids)[:length], state)
-        index = torch.tensor(rows, dtype=torch.long, device=self.engine.model.device)
+        index = self._index(rows)
         self.running = [self.running[row] for row in rows]
         self._cache = self._cache.select(index) if rows else None
         self._last = self._last[index] if rows else None
@@ -189,6 +196,17 @@ class Engine:
                 self.prefixes.put(request.prompt[:shared], cache)
             parts.append((cache, self._read(cache, [request.prompt[int(cache.lengths[0]) :]])))
         return parts
+
+    def resume(self, rows: Sequence[tuple[Request, Cache]]) -> tuple[Cache, Tensor]:
+        """Search for these rows and read what they found; their cache, and the logits after it."""
+        requests = [request for request, _ in rows]
+        blocks = look_up(requests)
+        cache = Cache.join([cache for _, cache in rows])
+        began = time.perf_counter()
+        logits = self._read(cache, blocks)
+        for request in requests:
+            request.hops[-1].read_seconds = time.perf_counter() - began
+        return cache, logits
 
     def _end_of_documents(self, prompt: list[int]) -> int:
         ends = {self.tokenizer.special_id(f"<|{name}_end|>") for name in ("retrieval", "system")}
@@ -236,12 +254,16 @@ class Engine:
             Request(prompt, replace(sampling, seed=sampling.seed + i), self.tokenizer)
             for i, prompt in enumerate(prompts)
         ]
+        self.run(requests, batch_size)
+        return [r.ids for r in requests]
+
+    def run(self, requests: Sequence[Request], batch_size: int = 32) -> None:
+        """All of them to their ends. Prompts of similar length are read together."""
         batch = Batch(self, batch_size, join_at=max(1, batch_size // 2))
         for request in sorted(requests, key=lambda r: len(r.prompt)):
             batch.add(request)
         while batch.step():
             pass
-        return [r.ids for r in requests]
 
     def stream_text(self, ids: Iterable[int]) -> Iterator[str]:
         """Text as it becomes whole: bytes of a character split over tokens wait for the rest."""
@@ -257,21 +279,40 @@ class Engine:
         conversation: dict,
         max_prompt_tokens: int | None = None,
         max_doc_tokens: int = 500,
+        searching: Searching | None = None,
         **settings,
     ) -> tuple[str, Generation]:
         """The assistant's answer to a conversation whose last message is not the assistant's, and how it came about.
-        settings: those of Sampling."""
+        searching: let it search. settings: those of Sampling."""
         sampling = Sampling(**settings)
         prompt = render_prompt(conversation, self.tokenizer, max_prompt_tokens, max_doc_tokens)
-        request = Request(prompt, sampling, self.tokenizer)
-        info = Generation(prompt_tokens=len(prompt))
-        began = time.perf_counter()
+        request = Request.of_conversation(conversation, prompt, sampling, self.tokenizer, searching)
+        began, first = time.perf_counter(), 0.0
         for _ in self._stream(request):
-            info.first_token_seconds = info.first_token_seconds or time.perf_counter() - began
+            first = first or time.perf_counter() - began
+        info = Generation.of(request)
         info.seconds = time.perf_counter() - began
-        info.first_token_seconds = info.first_token_seconds or info.seconds
-        info.ids, info.finish_reason, info.reused_tokens = request.ids, request.finish_reason, request.reused_tokens
+        info.first_token_seconds = first or info.seconds
         return _before(answer_text(request.ids, self.tokenizer), sampling.stop), info
+
+    def generate_from_conversations(
+        self,
+        conversations: Sequence[dict],
+        batch_size: int = 32,
+        max_prompt_tokens: int | None = None,
+        max_doc_tokens: int = 500,
+        searching: Searching | None = None,
+        **settings,
+    ) -> list[tuple[str, Generation]]:
+        """The same for many at once, each at its own point; the i-th conversation's seed is seed + i."""
+        sampling = Sampling(**settings)
+        requests = []
+        for i, conversation in enumerate(conversations):
+            prompt = render_prompt(conversation, self.tokenizer, max_prompt_tokens, max_doc_tokens)
+            own = replace(sampling, seed=sampling.seed + i)
+            requests.append(Request.of_conversation(conversation, prompt, own, self.tokenizer, searching))
+        self.run(requests, batch_size)
+        return [(_before(answer_text(r.ids, self.tokenizer), sampling.stop), Generation.of(r)) for r in requests]
 
 
 def _before(text: str, stop: Sequence[str]) -> str:
