@@ -7,7 +7,7 @@
         meta.json               model config, training config, step, data position, RNG, git revision
         COMPLETE                written last; a directory without it is ignored
 
-Sources are the stages of training: base, mid, rag, embed.
+Sources are the stages of training: base, mid, rag, refrag, embed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MARKER = "COMPLETE"
-_SCRIPTS = {"base": "base_train", "mid": "chat_sft", "rag": "rag_finetune", "embed": "embed_finetune"}
+_SCRIPTS = {
+    "base": "base_train",
+    "mid": "chat_sft",
+    "rag": "rag_finetune",
+    "embed": "embed_finetune",
+    "refrag": "refrag_finetune",
+}
 
 
 def checkpoint_root(source: str, model_tag: str) -> Path:

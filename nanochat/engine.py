@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.conversation import answer_text, render_prompt
+from nanochat.conversation import render_prompt
 from nanochat.model.cache import Cache
 from nanochat.model.lm import HybridLM
 from nanochat.sampling import Sampling, TextStream, sample
@@ -293,7 +293,7 @@ class Engine:
         info = Generation.of(request)
         info.seconds = time.perf_counter() - began
         info.first_token_seconds = first or info.seconds
-        return _before(answer_text(request.ids, self.tokenizer), sampling.stop), info
+        return _before(request.answer, sampling.stop), info
 
     def generate_from_conversations(
         self,
@@ -312,7 +312,7 @@ class Engine:
             own = replace(sampling, seed=sampling.seed + i)
             requests.append(Request.of_conversation(conversation, prompt, own, self.tokenizer, searching))
         self.run(requests, batch_size)
-        return [(_before(answer_text(r.ids, self.tokenizer), sampling.stop), Generation.of(r)) for r in requests]
+        return [(_before(r.answer, sampling.stop), Generation.of(r)) for r in requests]
 
 
 def _before(text: str, stop: Sequence[str]) -> str:

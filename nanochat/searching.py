@@ -160,10 +160,15 @@ class Request:
         hop.end, self.waiting = len(self.ids), False
         return to_read
 
+    @property
+    def answer(self) -> str:
+        """The text, without searches and what they found."""
+        return answer_text(self.ids, self.tokenizer)
+
     def message(self) -> dict[str, Any]:
         """The answer as an assistant message: its text, or with searches its parts in order."""
         if not self.hops:
-            return {"role": "assistant", "content": answer_text(self.ids, self.tokenizer)}
+            return {"role": "assistant", "content": self.answer}
         parts: list[dict[str, Any]] = []
         at = 0
         for hop in self.hops:

@@ -122,6 +122,8 @@ class Phase:
     """Scales the learning rates."""
     loss: Callable[[HybridLM, Any], torch.Tensor] | None = None
     """The sum of a batch's losses; None: of the next token."""
+    figures: Callable[[], dict[str, float]] | None = None
+    """Asked after each step's gradients, for the log; may stop the run before the update by a UserError."""
 
     def sum_of_losses(self, model: HybridLM, batch: Any) -> torch.Tensor:
         if self.loss is not None:
@@ -214,10 +216,12 @@ def train(
     run_dir: Path,
     evaluate: Callable[[], dict[str, float]] | None = None,
     meta: dict | None = None,
+    best_by: str = "",
 ) -> HybridLM:
     """Train through the phases in order; returns the model. With config.plan, print the plan and leave the model alone.
 
-    evaluate() returns named figures; it runs every eval_every steps and after the last.
+    evaluate() returns named figures; it runs every eval_every steps and after the last. best_by: the figure by which
+    the best checkpoint is kept too, in run_dir/best (--model_tag TAG/best).
     """
     num_steps = sum(p.steps for p in phases)
     if num_steps < 1:
@@ -240,15 +244,15 @@ def train(
     optimizers = Optimizers(
         model, config.matrix_lr, config.embed_lr, config.head_lr, config.scalar_lr, config.weight_decay
     )
-    step, elapsed = 0, 0.0
+    step, elapsed, best = 0, 0.0, -math.inf
     taken = [0] * len(phases)  # steps done in each phase: its data position
     if config.resume == "auto" and list_steps(run_dir):
-        step, elapsed, taken = _resume(model, tokenizer, optimizers, run_dir, compute)
+        step, elapsed, taken, best = _resume(model, tokenizer, optimizers, run_dir, compute)
     log = RunLog(run_dir, config, step) if compute.is_main else None
     save_meta = {"training_config": config_to_dict(config), **(meta or {})}
     checked_disk = False
 
-    def save() -> None:
+    def save(directory: Path, keep: int = 2) -> None:
         nonlocal checked_disk
         if not compute.is_main:
             return
@@ -256,7 +260,9 @@ def train(
             _check_disk(run_dir, model)
             checked_disk = True
         state = {**save_meta, "elapsed_seconds": elapsed, "phase_steps": taken, "rng": torch.get_rng_state().tolist()}
-        save_checkpoint(run_dir, step, model, tokenizer, state, optimizers.state_dict())
+        if best_by:
+            state |= {"best": best}
+        save_checkpoint(directory, step, model, tokenizer, state, optimizers.state_dict(), keep)
 
     starts = [sum(p.steps for p in phases[:i]) / num_steps for i in range(len(phases))]
     limit = config.max_minutes * 60 if config.max_minutes > 0 else math.inf
@@ -290,6 +296,7 @@ def train(
                 f"step {step} ({phase.name}): loss {loss_value}, gradient norm {norm}; stopped before "
                 "the update. Lower the learning rate (--init_lr_frac) and go on with --resume auto"
             )
+        more = phase.figures() if phase.figures else {}
         scale = phase.lr * lr_scale(config, step, progress)
         optimizers.set_lr_scale(scale)
         optimizers.step()
@@ -308,18 +315,25 @@ def train(
             "lr_scale": scale,
             "grad_norm": norm,
             "seconds": seconds,
+            **more,
         }
+        evaluated = False
         if config.eval_every and evaluate and (step % config.eval_every == 0 or done):
             paused = time.perf_counter()
-            figures |= evaluate()
+            found = evaluate()
+            figures |= {f"val_{name}" if name in more else name: value for name, value in found.items()}
+            evaluated = True
+            if best_by and found[best_by] > best:
+                best = found[best_by]
+                save(run_dir / "best", keep=1)
             elapsed += time.perf_counter() - paused  # a time limit is a promise to the user: it counts all time
             if limit < math.inf:
                 elapsed = _agree(elapsed, compute)
                 done = done or elapsed >= limit
         if log:
-            log.write(step, num_steps, figures, tokens, elapsed, limit, last=done)
+            log.write(step, num_steps, figures, tokens, elapsed, limit, show=done or evaluated)
         if done or step % config.save_every == 0:
-            save()
+            save(run_dir)
     if log:
         log.close()
         write_report(run_dir, log.title, config_to_dict(config), model, num_steps)
@@ -337,9 +351,9 @@ def _agree(seconds: float, compute: Compute) -> float:
 
 def _resume(
     model: HybridLM, tokenizer: Tokenizer, optimizers: Optimizers, run_dir: Path, compute: Compute
-) -> tuple[int, float, list[int]]:
-    """Load the newest complete checkpoint into model and optimizers; returns its step, training seconds so far and
-    steps done in each phase."""
+) -> tuple[int, float, list[int], float]:
+    """Load the newest complete checkpoint into model and optimizers; returns its step, training seconds so far, steps
+    done in each phase and the best figure so far."""
     saved, saved_tokenizer, meta, state = load_checkpoint(run_dir, device=compute.device)
     if saved_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{run_dir} was trained with another tokenizer; use another --model_tag, or delete it")
@@ -351,7 +365,7 @@ def _resume(
     optimizers.load_state_dict(state)
     torch.set_rng_state(torch.tensor(meta["rng"], dtype=torch.uint8))
     print0(f"resuming {run_dir} after step {meta['step']}")
-    return meta["step"], meta["elapsed_seconds"], meta["phase_steps"]
+    return meta["step"], meta["elapsed_seconds"], meta["phase_steps"], meta.get("best", -math.inf)
 
 
 def _state_bytes(model: HybridLM) -> tuple[int, int]:
@@ -436,14 +450,14 @@ class RunLog:
                 ) from None
             self.wandb = wandb.init(project="nanochat", name=config.run, config=config_to_dict(config))
 
-    def write(self, step, num_steps, figures, tokens, elapsed, limit, last) -> None:
+    def write(self, step, num_steps, figures, tokens, elapsed, limit, show) -> None:
         rate = tokens / figures["seconds"]
         self.file.write(json.dumps({"step": step, **figures, "tokens_per_s": rate, "elapsed": elapsed}) + "\n")
         self.file.flush()
         if self.wandb:
             self.wandb.log({k: v for k, v in figures.items() if k != "phase"} | {"tokens_per_s": rate}, step=step)
         extra = {k: v for k, v in figures.items() if k not in ("phase", "loss", "lr_scale", "grad_norm", "seconds")}
-        if not (last or extra or step % self.every == 0 or step == 1):
+        if not (show or step % self.every == 0 or step == 1):
             return
         left = min(elapsed / step * (num_steps - step), limit - elapsed)
         shown = "".join(f" | {k} {v:.4f}" for k, v in extra.items())

@@ -59,6 +59,8 @@ class ModelConfig:
     mlp: str = "swiglu"  # or "relu2"
     mlp_width: int = 1024
     tie_embeddings: bool = False
+    value_head: bool = False
+    """A critic: one number from each state (nanochat/rl/ppo.py)."""
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -164,6 +166,7 @@ class HybridLM(nn.Module):
         self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
+        self.value_head = nn.Linear(config.d_model, 1) if config.value_head else None
         self.init_weights()
 
     @torch.no_grad()
@@ -173,6 +176,8 @@ class HybridLM(nn.Module):
         self.embed.weight.normal_(std=1.0)
         if not self.config.tie_embeddings:
             self.lm_head.weight.normal_(std=0.001)
+        if self.value_head is not None:
+            self._zero_value_head()
         for block in self.blocks:
             for name, p in block.named_parameters():
                 if p.ndim == 2 and name.endswith("proj.weight"):
@@ -183,6 +188,17 @@ class HybridLM(nn.Module):
                 block.mixer.init_states()
                 block.mixer.out_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
+
+    def _zero_value_head(self) -> None:
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def add_value_head(self) -> None:
+        """Give a model that was trained without one a critic that says 0."""
+        if self.value_head is None:
+            self.config.value_head = True
+            self.value_head = nn.Linear(self.config.d_model, 1, device=self.device)
+            self._zero_value_head()
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,349 @@
+"""Answers with real searches, rewarded, as batches for the training loop.
+
+A step draws questions, answers each several times with the model as it is, searching the real retriever, and learns
+from the rewards. What a batch holds is fixed by seed and step, given the model, so a killed run goes on as if it had
+never been killed.
+
+    B answers, L tokens of the longest (prompt and answer), T written tokens of all
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.common import Compute, UserError
+from nanochat.conversation import render_prompt
+from nanochat.engine import Engine, Generation
+from nanochat.model.lm import HybridLM
+from nanochat.rl.grpo import clipped_loss, group_advantages, kl_estimate
+from nanochat.rl.ppo import gae, value_loss
+from nanochat.rl.rewards import Rewards
+from nanochat.sampling import Sampling
+from nanochat.searching import Request, Searching
+from nanochat.tokenizer import Tokenizer
+from nanochat.training import autocast
+
+ALGORITHMS = ("grpo", "ppo", "weighted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of reinforcement; nanochat.rl.rollout.RolloutBatches."""
+
+    algorithm: str = "grpo"
+    """grpo; ppo (a critic is trained along); weighted: likelihood of each answer weighted by its reward."""
+    group_size: int = 5
+    """Answers to each question of a step."""
+    queries_per_step: int = 16
+    """Over all devices."""
+    updates: int = 1
+    """Optimizer steps on the same answers."""
+    clip: float = 0.2
+    """How far from 1 the ratio to the policy that wrote the answers counts; 0: not clipped."""
+    kl: float = 0.001
+    """Weight of the KL divergence from the model that the run began with; 0: none, and no second model in memory."""
+    entropy: float = 0.0
+    """Weight of the entropy, as a bonus."""
+    scale_advantages: bool = True
+    """grpo: divide by the group's standard deviation."""
+    gae_lambda: float = 0.95
+    """ppo: 1 takes the whole reward, 0 the critic's next value."""
+    value: float = 0.5
+    """ppo: weight of the critic's loss."""
+    mask_retrieved: bool = True
+    """False: learn from the documents' tokens as if the model had written them (an ablation, it is wrong)."""
+    min_valid: float = 0.3
+    """The run stops when the share of well-formed answers falls below this."""
+    min_entropy: float = 0.0
+    """The run stops when the mean entropy of a token (nats) falls below this."""
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise UserError(f"algorithm is {self.algorithm!r}; it must be one of {', '.join(ALGORITHMS)}")
+        if self.algorithm == "grpo" and self.group_size < 2:
+            raise UserError(f"group_size is {self.group_size}; grpo compares at least 2 answers to a question")
+        for name in ("group_size", "queries_per_step", "updates"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass
+class Rollout:
+    """One answer: its tokens, which of them were written, and what it was worth."""
+
+    query: dict[str, Any]
+    prompt: list[int]
+    text: str
+    info: Generation
+    parts: dict[str, float]
+    old: Tensor | None = None  # (T_i,) log-probabilities when it was written
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    targets: Tensor | None = None  # of the critic
+
+    @property
+    def reward(self) -> float:
+        return self.parts["reward"]
+
+
+@dataclass
+class RolloutBatch:
+    """tokens (B, L); actions (B, L - 1): whether the next token is one to learn from. The others (T,), in row order."""
+
+    tokens: Tensor
+    actions: Tensor
+    old: Tensor
+    advantages: Tensor
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    targets: Tensor | None = None
+
+    @property
+    def learned(self) -> int:
+        return len(self.tokens)  # losses are sums over tokens, divided by the number of answers
+
+    def to(self, device: torch.device) -> RolloutBatch:
+        return RolloutBatch(*(None if t is None else t.to(device) for t in vars(self).values()))
+
+
+def look_back(model: HybridLM, tokens: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(T,) log-probabilities of the tokens that were taken, entropies, and values if the model has a critic."""
+    states = model(tokens, states=True)[:, :-1][actions]
+    logp = model.lm_head(states).float().log_softmax(-1)
+    taken = logp.gather(-1, tokens[:, 1:][actions].unsqueeze(-1)).squeeze(-1)
+    values = model.value_head(states).float().squeeze(-1) if model.value_head is not None else None
+    return taken, -(logp.exp() * logp).sum(-1), values
+
+
+class RolloutBatches:
+    def __init__(
+        self,
+        model: HybridLM,
+        tokenizer: Tokenizer,
+        queries: Sequence[dict[str, Any]],
+        searching: Searching,
+        rewards: Rewards,
+        settings: Settings,
+        compute: Compute,
+        reference: HybridLM | None = None,
+        *,
+        max_tokens: int = 128,
+        micro_batch: int = 8,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        log: Path | None = None,
+    ):
+        """reference: the model that the KL divergence is from. log: a file for some answers of each step, readable."""
+        if settings.queries_per_step % compute.world_size:
+            raise UserError(
+                f"queries_per_step {settings.queries_per_step} do not divide among {compute.world_size} devices"
+            )
+        self.model, self.tokenizer, self.queries = model, tokenizer, list(queries)
+        self.searching, self.rewards, self.settings, self.compute = searching, rewards, settings, compute
+        self.reference = reference if settings.kl > 0 else None
+        self.max_tokens, self.micro_batch, self.dtype, self.seed, self.log = max_tokens, micro_batch, dtype, seed, log
+        self.rows_per_step = settings.queries_per_step * settings.group_size
+        self.max_seq_len = max_tokens  # of a row, as the log counts tokens
+        self.collected = -1
+        self.rollouts: list[Rollout] = []
+        self.first_row = 0
+        self.figures: dict[str, float] = {}
+        self._sums = {"kl": 0.0, "entropy": 0.0, "tokens": 0.0}
+
+    # --- what the training loop asks for
+
+    def get(self, step: int, which: range | None = None) -> RolloutBatch:
+        """The answers of these rows; all of a step are written when the first is asked for."""
+        if step // self.settings.updates != self.collected:
+            self.collect(step // self.settings.updates)
+        which = which or range(self.rows_per_step)
+        return self.batch(self.rollouts[which.start - self.first_row : which.stop - self.first_row])
+
+    def loss(self, model: HybridLM, batch: RolloutBatch) -> Tensor:
+        s = self.settings
+        logp, entropy, values = look_back(model, batch.tokens, batch.actions)
+        if s.algorithm == "weighted":
+            total = -(batch.advantages * logp).sum()
+        else:
+            total = clipped_loss(logp, batch.old, batch.advantages, s.clip).sum()
+        if batch.reference is not None:
+            divergence = kl_estimate(logp, batch.reference)
+            total = total + s.kl * divergence.sum()
+            self._sums["kl"] += float(divergence.detach().sum())
+        if s.algorithm == "ppo":
+            total = total + s.value * value_loss(values, batch.values, batch.targets, s.clip).sum()
+        if s.entropy:
+            total = total - s.entropy * entropy.sum()
+        self._sums["entropy"] += float(entropy.detach().sum())
+        self._sums["tokens"] += len(logp)
+        return total
+
+    def step_figures(self) -> dict[str, float]:
+        """What the last step was like; stops the run if the policy has collapsed."""
+        sums, self._sums = self._sums, dict.fromkeys(self._sums, 0.0)
+        tokens = max(1.0, sums["tokens"])
+        figures = self.figures | {"kl": sums["kl"] / tokens, "entropy": sums["entropy"] / tokens}
+        for name, bound in (("valid", self.settings.min_valid), ("entropy", self.settings.min_entropy)):
+            if figures[name] < bound:
+                raise UserError(
+                    f"the policy has collapsed: {name} is {figures[name]:.3f}, below min_{name} {bound}; stopped "
+                    "before the update. Lower the learning rate (--init_lr_frac) or raise --kl; the best checkpoint is "
+                    "kept"
+                )
+        return figures
+
+    # --- answers
+
+    def collect(self, iteration: int) -> None:
+        s, compute = self.settings, self.compute
+        share = s.queries_per_step // compute.world_size
+        own = range(compute.rank * share, (compute.rank + 1) * share)
+        self.first_row = own.start * s.group_size
+        asked = self._questions(iteration, own)
+        requests = []
+        for place, query in zip(own, asked, strict=True):
+            conversation = {"messages": [{"role": "user", "content": query["query"]}]}
+            prompt = render_prompt(conversation, self.tokenizer)
+            for copy in range(s.group_size):
+                number = random.Random(f"{self.seed}/{iteration}/{place}/{copy}").getrandbits(48)
+                sampling = Sampling(max_tokens=self.max_tokens, temperature=1.0, seed=number)
+                requests.append(Request(prompt, sampling, self.tokenizer, self.searching))
+        with torch.inference_mode(), autocast(self.model.device, self.dtype):
+            Engine(self.model, self.tokenizer).run(requests, max(32, self.micro_batch))
+        self.rollouts = []
+        for at, request in enumerate(requests):
+            info, query = Generation.of(request), asked[at // s.group_size]
+            text = request.answer
+            self.rollouts.append(Rollout(query, request.prompt, text, info, self.rewards(query, text, info)))
+        self._look_back()
+        self._judge()
+        self.model.train()
+        self.collected = iteration
+        self._count()
+        if self.log is not None and compute.is_main:
+            self._write_log(iteration)
+
+    def _questions(self, iteration: int, places: range) -> list[dict[str, Any]]:
+        chosen = []
+        for place in places:
+            epoch, at = divmod(iteration * self.settings.queries_per_step + place, len(self.queries))
+            chosen.append(self.queries[_order(self.seed, epoch, len(self.queries))[at]])
+        return chosen
+
+    @torch.no_grad()
+    def _look_back(self) -> None:
+        """Log-probabilities and values as they are now, before any update."""
+        for start in range(0, len(self.rollouts), self.micro_batch):
+            some = self.rollouts[start : start + self.micro_batch]
+            tokens, actions = (t.to(self.model.device) for t in self._tokens(some))
+            sizes = actions.sum(1).tolist()
+            with autocast(self.model.device, self.dtype):
+                old, _, values = look_back(self.model, tokens, actions)
+                reference = look_back(self.reference, tokens, actions)[0] if self.reference is not None else None
+            for name, flat in (("old", old), ("values", values), ("reference", reference)):
+                if flat is not None:
+                    for rollout, part in zip(some, flat.cpu().split(sizes), strict=True):
+                        setattr(rollout, name, part)
+
+    def _judge(self) -> None:
+        s = self.settings
+        rewards = torch.tensor([rollout.reward for rollout in self.rollouts])
+        if s.algorithm == "ppo":
+            for rollout in self.rollouts:
+                arriving = torch.zeros_like(rollout.values)
+                if len(arriving):
+                    arriving[-1] = rollout.reward
+                rollout.advantages, rollout.targets = gae(arriving, rollout.values, 1.0, s.gae_lambda)
+            together = torch.cat([rollout.advantages for rollout in self.rollouts])
+            for rollout in self.rollouts:
+                rollout.advantages = (rollout.advantages - together.mean()) / (together.std(unbiased=False) + 1e-4)
+            return
+        if s.algorithm == "grpo":
+            rewards = group_advantages(rewards.view(-1, s.group_size), s.scale_advantages).flatten()
+        else:
+            rewards = rewards.clamp_min(0.0)
+        for rollout, worth in zip(self.rollouts, rewards.tolist(), strict=True):
+            rollout.advantages = torch.full_like(rollout.old, worth)
+
+    def _tokens(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+        """tokens (B, L) and actions (B, L - 1)."""
+        rows = [rollout.prompt + rollout.info.ids + self._ending(rollout) for rollout in rollouts]
+        longest = max(map(len, rows))
+        tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+        actions = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for at, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
+            tokens[at, : len(row)] = torch.tensor(row)
+            taken = rollout.info.mask if self.settings.mask_retrieved else [1] * len(rollout.info.ids)
+            taken = [*taken, *[1] * len(self._ending(rollout))]
+            start = len(rollout.prompt)
+            actions[at, start : start + len(taken)] = torch.tensor(taken, dtype=torch.bool)
+        return tokens, actions[:, 1:]
+
+    def _ending(self, rollout: Rollout) -> list[int]:
+        """The end of the message is an action like others, where the model took it."""
+        ended = rollout.info.finish_reason == "stop"
+        return [self.tokenizer.special_id("<|assistant_end|>")] if ended else []
+
+    def batch(self, rollouts: Sequence[Rollout]) -> RolloutBatch:
+        tokens, actions = self._tokens(rollouts)
+        flat: dict[str, Tensor | None] = {}
+        for name in ("old", "advantages", "reference", "values", "targets"):
+            parts = [getattr(rollout, name) for rollout in rollouts]
+            flat[name] = torch.cat(parts) if parts[0] is not None else None
+        return RolloutBatch(tokens, actions, **flat)
+
+    # --- what it was like
+
+    def _count(self) -> None:
+        rows = [
+            {
+                **rollout.parts,
+                "searches": float(len(rollout.info.hops)),
+                "documents": float(sum(len(hop.documents) for hop in rollout.info.hops)),
+                "length": float(sum(rollout.info.mask)),
+            }
+            for rollout in self.rollouts
+        ]
+        sums = torch.tensor([sum(row[name] for row in rows) for name in rows[0]] + [len(rows)], dtype=torch.float64)
+        if self.compute.world_size > 1:
+            dist.all_reduce(sums)
+        self.figures = {name: (sums[at] / sums[-1]).item() for at, name in enumerate(rows[0])}
+
+    def _write_log(self, iteration: int, count: int = 4) -> None:
+        with open(self.log, "a", encoding="utf-8") as file:
+            for rollout in self.rollouts[:: max(1, len(self.rollouts) // count)][:count]:
+                record = {
+                    "iteration": iteration,
+                    "query": rollout.query["query"],
+                    "answers": rollout.query["answers"],
+                    "written": _readable(rollout),
+                    **rollout.parts,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _readable(rollout: Rollout) -> list[str]:
+    content = rollout.info.message["content"]
+    lines = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part["type"] == "documents":
+            lines.append("found: " + "; ".join(document["title"] for document in part["documents"]))
+        else:
+            lines.append(f"search: {part['query']}" if part["type"] == "search" else f"says: {part['text']}")
+    return lines
+
+
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
