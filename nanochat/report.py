@@ -1,4 +1,4 @@
-"""A run's report: report.md with the settings, the figures and a plot of the losses, next to the checkpoints."""
+"""A run's report: report.md with the settings, the figures and plots, next to the checkpoints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def write_report(run_dir: Path, title: str, config: dict, model: HybridLM, num_steps: int) -> Path:
-    """Write run_dir/report.md and run_dir/loss.png from run_dir/metrics.jsonl."""
+    """Write run_dir/report.md, loss.png and, where there are other figures than losses, figures.png from
+    run_dir/metrics.jsonl."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     last = rows[-1]
     tokens = sum(r["tokens_per_s"] * r["seconds"] for r in rows)
     seconds = sum(r["seconds"] for r in rows)
-    evals = [r for r in rows if set(r) - _NOT_PLOTTED]
-    names = sorted({k for r in evals for k in r} - _NOT_PLOTTED)
-    plot_curves(rows, names, run_dir / "loss.png", title)
+    names = sorted({k for r in rows for k in r} - _NOT_PLOTTED)
+    most = max(len(r) for r in rows)
+    evals = [r for r in rows if set(r) - _NOT_PLOTTED and len(r) == most]  # some figures come with every step
+    losses = [name for name in names if name.endswith("loss")]
+    plot_curves(rows, losses, run_dir / "loss.png", title)
+    if others := [name for name in names if name not in losses]:
+        plot_panels(rows, others, run_dir / "figures.png", title)
     lines = [
         f"# {title}",
         "",
@@ -37,6 +42,7 @@ def write_report(run_dir: Path, title: str, config: dict, model: HybridLM, num_s
         f"({tokens / seconds:,.0f} tokens/s), {last['elapsed'] / 60:.1f} minutes in all.",
         "",
         "![losses](loss.png)",
+        *(["![figures](figures.png)"] if others else []),
         "",
         "| step | loss | " + " | ".join(names) + (" |" if names else ""),
         "|---" * (2 + len(names)) + "|",
@@ -47,6 +53,35 @@ def write_report(run_dir: Path, title: str, config: dict, model: HybridLM, num_s
     path = run_dir / "report.md"
     atomic_write_text(path, "\n".join(lines))
     return path
+
+
+def plot_panels(rows: list[dict], names: list[str], path: Path, title: str) -> None:
+    """Every other figure over steps, in a panel of its own: raw, and where there are many points smoothed too."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.6 * lines), layout="constrained", squeeze=False)
+    for panel, name in zip(axes.flat, names, strict=False):
+        steps, values = zip(*[(r["step"], r[name]) for r in rows if name in r], strict=True)
+        many = len(values) > 30
+        panel.plot(steps, values, marker="" if many else "o", markersize=3, linewidth=0.8, alpha=0.35 if many else 1)
+        if many:
+            smooth, average = [], values[0]
+            for value in values:
+                average += (value - average) * 0.1
+                smooth.append(average)
+            panel.plot(steps, smooth, color="C0", linewidth=1.6)
+        panel.set(title=name, xlabel="step")
+        panel.grid(alpha=0.3)
+    for panel in list(axes.flat)[len(names) :]:
+        panel.set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_curves(rows: list[dict], names: list[str], path: Path, title: str) -> None:

@@ -1,32 +1,36 @@
 """Teach a model to search while it answers: it writes a query, reads what that finds, writes the next one or answers.
-Its checkpoints are of source "refrag".
 
     torchrun --standalone --nproc_per_node=8 -m scripts.refrag_finetune configs/refrag_hybrid_d20.py
     python -m scripts.refrag_finetune configs/refrag_tiny.py --knowledge_base data/rag_examples/knowledge_base \
         --queries data/rag_examples/queries/multihop_train.jsonl,data/rag_examples/queries/train.jsonl
 
-Examples are conversations with the data's gold searches (tasks/refrag.py); loss falls on searches and answer, never on
-documents.
+First by example (source "refrag"): conversations with the data's searches (tasks/refrag.py); loss falls on searches and
+answer, never on documents. Then by reward (source "refrag_rl"): real answers with real searches, rewarded for being
+right, for finding the gold documents and for showing few (nanochat/rl/). --use_rewards false leaves the second out,
+--source refrag the first.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_checkpoint
-from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_main
+from nanochat.common import Compute, UserError, compute_cleanup, compute_init, print0, run_main
 from nanochat.config import format_config, load_config
 from nanochat.engine import Engine
 from nanochat.model.lm import HybridLM
 from nanochat.packing import PackedBatches
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries
+from nanochat.rl.rewards import Rewards
+from nanochat.rl.rollout import RolloutBatches, Settings
 from nanochat.searching import Searching
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Phase, TrainConfig, autocast, mean_loss, resolve_dtype, rows_per_step, train
@@ -75,6 +79,48 @@ class Config(TrainConfig):
     """Length of a training row in tokens."""
     init_lr_frac: float = 0.1
     """Scales every learning rate; 1 for very small models."""
+    use_rewards: bool = True
+    """Go on with reinforcement."""
+    rl_steps: int = 200
+    """Steps of it."""
+    rl_lr_frac: float = 0.01
+    """Scales every learning rate in it."""
+    algorithm: Literal["grpo", "ppo", "weighted"] = "grpo"
+    """grpo: answers to one question are compared; ppo: with a critic; weighted: each answer as likely as its reward."""
+    group_size: int = 5
+    """Answers to each question."""
+    queries_per_step: int = 16
+    """Questions of one step, over all devices."""
+    rollout_batch_size: int = 8
+    """Answers in one forward pass on one device."""
+    updates: int = 1
+    """Optimizer steps on the same answers."""
+    clip: float = 0.2
+    """How far from 1 the ratio to the policy that wrote the answers counts."""
+    kl: float = 0.001
+    """Weight of the divergence from the supervised model."""
+    entropy: float = 0.0
+    """Weight of an entropy bonus."""
+    gae_lambda: float = 1.0
+    """ppo: 1 takes the whole reward, 0 the critic's next value."""
+    mask_retrieved: bool = True
+    """false: learn from documents as if the model had written them (to see why not)."""
+    reward_answer: float = 0.6
+    """Weight of being right."""
+    reward_evidence: float = 0.3
+    """Weight of the share of gold documents found."""
+    reward_economy: float = 0.1
+    """Weight of showing few documents, where the answer is right."""
+    reward_metric: Literal["f1", "em"] = "f1"
+    """What right means."""
+    retrieval_price: float = 0.0
+    """Taken off for each search."""
+    malformed: float = 0.5
+    """Taken off for an answer without end or words, or a search for nothing."""
+    min_valid: float = 0.3
+    """The run stops, its best checkpoint kept, when fewer answers than this are well formed."""
+    min_entropy: float = 0.0
+    """Or when the mean entropy of a written token, in nats, falls below this."""
 
 
 def question_files(config: Config) -> list[Path]:
@@ -111,18 +157,134 @@ def supervised_phase(tasks: list, tokenizer: Tokenizer, config: Config, rows: in
     return Phase("supervised", batches, config.num_steps if config.num_steps >= 0 else batches.steps_per_epoch())
 
 
-@torch.inference_mode()
-def answer_figures(
-    model: HybridLM, tokenizer: Tokenizer, queries: list[dict], searching: Searching, config: Config
-) -> dict[str, float]:
-    """The validation questions answered with real searches."""
-    asked = [{"messages": [{"role": "user", "content": query["query"]}]} for query in queries]
-    with autocast(model.device, resolve_dtype(config.dtype, model.device)):
-        answers = Engine(model, tokenizer).generate_from_conversations(
-            asked, 32, searching=searching, max_tokens=config.max_tokens
+@dataclass
+class Setup:
+    """What both stages share."""
+
+    config: Config
+    compute: Compute
+    tag: str
+    manager: RetrievalManager
+
+    @property
+    def searching(self) -> Searching:
+        c = self.config
+        return Searching(
+            self.manager.search, c.top_k_per_hop, c.max_hops, "answer", c.max_doc_length, max_context=c.max_seq_len
         )
-    model.train()
-    return multi_hop_figures(queries, answers)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"top_k_per_hop": self.config.top_k_per_hop, "max_hops": self.config.max_hops}
+
+    def root(self, source: str) -> Path:
+        return checkpoint_root(source, self.tag)
+
+    @torch.inference_mode()
+    def answer_figures(self, model: HybridLM, tokenizer: Tokenizer, queries: list[dict]) -> dict[str, float]:
+        """The first eval_questions of the queries answered with real searches."""
+        queries = queries[: self.config.eval_questions]
+        asked = [{"messages": [{"role": "user", "content": query["query"]}]} for query in queries]
+        with autocast(model.device, resolve_dtype(self.config.dtype, model.device)):
+            answers = Engine(model, tokenizer).generate_from_conversations(
+                asked, 32, searching=self.searching, max_tokens=self.config.max_tokens
+            )
+        model.train()
+        return multi_hop_figures(queries, answers)
+
+
+def supervise(
+    model: HybridLM, tokenizer: Tokenizer, train_queries: list[dict], val_queries: list[dict], setup: Setup
+) -> None:
+    config, manager = setup.config, setup.manager
+    if config.query_source == "model":
+        train_queries = model_hops(Engine(model, tokenizer), train_queries, setup.searching, config.max_tokens)
+    source = "expander" if config.query_source == "expander" else "gold"
+    make_task = partial(
+        MultiHopRAGTask,
+        manager=manager,
+        top_k_per_hop=config.top_k_per_hop,
+        cite=config.cite,
+        query_source=source,
+        seed=config.seed,
+    )
+    tasks = [StaticRAGTask([talk for path in config.conversations for talk in load_conversations(path)])]
+    if train_queries:
+        tasks.append(make_task(train_queries))
+    rows = rows_per_step(config, setup.compute.world_size)
+    phase = supervised_phase(tasks, tokenizer, config, rows)
+    evaluate = None
+    if val_queries:
+        data, counts = render_examples(
+            make_task(val_queries[:500]), tokenizer, config.max_seq_len, config.max_doc_length
+        )
+        print0(f"val: {counts}")
+        val = PackedBatches(data, config.max_seq_len, rows, config.seed)
+
+        def evaluate() -> dict[str, float]:
+            loss = mean_loss(model, val, min(8, val.steps_per_epoch()), config, setup.compute)
+            return {"val_loss": loss} | setup.answer_figures(model, tokenizer, val_queries)
+
+    train(model, tokenizer, [phase], config, setup.compute, setup.root("refrag"), evaluate, setup.meta)
+
+
+def reinforce(
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    start: Path,
+    train_queries: list[dict],
+    val_queries: list[dict],
+    setup: Setup,
+) -> None:
+    """start: the checkpoint's folder that the divergence is measured from."""
+    config, compute = setup.config, setup.compute
+    train_queries = [query for query in train_queries if query["answers"]]
+    if not train_queries:
+        raise UserError("reinforcement needs --queries with answers; --use_rewards false leaves it out")
+    rewards = Rewards(
+        config.reward_answer,
+        config.reward_evidence,
+        config.reward_economy,
+        config.retrieval_price,
+        config.malformed,
+        config.reward_metric,
+        max(1, config.max_hops * config.top_k_per_hop),
+    )
+    shared = {f.name: getattr(config, f.name) for f in fields(Settings) if hasattr(config, f.name)}
+    settings = Settings(**shared)
+    if config.save_every % config.updates or config.eval_every % config.updates:
+        raise UserError(f"save_every and eval_every must be multiples of --updates {config.updates}")
+    if config.algorithm == "ppo":
+        model.add_value_head()
+    reference = load_checkpoint(start, device=compute.device, with_optimizer=False)[0] if config.kl > 0 else None
+    run_dir = setup.root("refrag_rl")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    batches = RolloutBatches(
+        model,
+        tokenizer,
+        train_queries,
+        replace(setup.searching, at_limit="stop"),
+        rewards,
+        settings,
+        compute,
+        reference,
+        max_tokens=config.max_tokens,
+        micro_batch=config.rollout_batch_size,
+        dtype=resolve_dtype(config.dtype, compute.device),
+        seed=config.seed,
+        log=run_dir / "rollouts.jsonl",
+    )
+    phase = Phase("reinforce", batches, config.rl_steps, loss=batches.loss, figures=batches.step_figures)
+    rl_config = replace(
+        config,
+        num_steps=config.rl_steps,
+        init_lr_frac=config.rl_lr_frac,
+        device_batch_size=config.rollout_batch_size,
+        log_every=1,
+    )
+    evaluate = partial(setup.answer_figures, model, tokenizer, val_queries) if val_queries else None
+    best_by = "em" if evaluate and config.eval_every else ""
+    train(model, tokenizer, [phase], rl_config, compute, run_dir, evaluate, setup.meta, best_by)
 
 
 def main() -> None:
@@ -130,11 +292,10 @@ def main() -> None:
     print0(format_config(config))
     compute = compute_init(config.device, config.seed)
     tag = find_model_tag(config.source, config.model_tag)
-    model, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), config.step, compute.device)
+    start = checkpoint_root(config.source, tag)
+    model, tokenizer, _, _ = load_checkpoint(start, config.step, compute.device)
     manager = RetrievalManager(config.retriever_type, config.knowledge_base)
-    searching = Searching(
-        manager.search, config.top_k_per_hop, config.max_hops, "answer", config.max_doc_length, config.max_seq_len
-    )
+    setup = Setup(config, compute, tag.split("/")[0], manager)
     queries = []
     for path in question_files(config):
         some = read_queries(path)
@@ -147,28 +308,11 @@ def main() -> None:
     else:
         held_out = min(200, len(queries) // 10)
         val_queries, queries = queries[:held_out], queries[held_out:]
-    if config.query_source == "model":
-        queries = model_hops(Engine(model, tokenizer), queries, searching, max_tokens=config.max_tokens)
-    source = "expander" if config.query_source == "expander" else "gold"
-    tasks = [StaticRAGTask([talk for path in config.conversations for talk in load_conversations(path)])]
-    if queries:
-        tasks.append(MultiHopRAGTask(queries, manager, config.top_k_per_hop, config.cite, source, config.seed))
-    rows = rows_per_step(config, compute.world_size)
-    phase = supervised_phase(tasks, tokenizer, config, rows)
-    evaluate = None
-    if val_queries:
-        val_task = MultiHopRAGTask(val_queries[:500], manager, config.top_k_per_hop, config.cite, source, config.seed)
-        data, counts = render_examples(val_task, tokenizer, config.max_seq_len, config.max_doc_length)
-        print0(f"val: {counts}")
-        val = PackedBatches(data, config.max_seq_len, rows, config.seed)
-        answered = val_queries[: config.eval_questions]
-
-        def evaluate() -> dict[str, float]:
-            loss = mean_loss(model, val, min(8, val.steps_per_epoch()), config, compute)
-            return {"val_loss": loss} | answer_figures(model, tokenizer, answered, searching, config)
-
-    meta = {"top_k_per_hop": config.top_k_per_hop, "max_hops": config.max_hops}
-    train(model, tokenizer, [phase], config, compute, checkpoint_root("refrag", tag), evaluate, meta)
+    if config.source != "refrag":
+        supervise(model, tokenizer, queries, val_queries, setup)
+        start = setup.root("refrag")
+    if config.use_rewards and not config.plan:
+        reinforce(model, tokenizer, start, queries, val_queries, setup)
     compute_cleanup()
 
 

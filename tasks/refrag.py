@@ -142,7 +142,7 @@ def expand_all(
 
 
 def model_hops(
-    engine: Engine, queries: Sequence[dict[str, Any]], searching: Searching, batch_size: int = 32, max_tokens: int = 128
+    engine: Engine, queries: Sequence[dict[str, Any]], searching: Searching, max_tokens: int = 128, batch_size: int = 32
 ) -> list[dict[str, Any]]:
     """The queries with the model's own searches, where these found the gold documents hop by hop."""
     asked = [{"messages": [{"role": "user", "content": query["query"]}]} for query in queries]

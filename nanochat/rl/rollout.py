@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import Compute, UserError
+from nanochat.common import Compute, UserError, atomic_write_text
 from nanochat.conversation import render_prompt
 from nanochat.engine import Engine, Generation
 from nanochat.model.lm import HybridLM
@@ -159,6 +159,7 @@ class RolloutBatches:
         self.first_row = 0
         self.figures: dict[str, float] = {}
         self._sums = {"kl": 0.0, "entropy": 0.0, "tokens": 0.0}
+        self._logging = False
 
     # --- what the training loop asks for
 
@@ -320,6 +321,11 @@ class RolloutBatches:
         self.figures = {name: (sums[at] / sums[-1]).item() for at, name in enumerate(rows[0])}
 
     def _write_log(self, iteration: int, count: int = 4) -> None:
+        if not self._logging and self.log.exists():  # a resumed run writes these steps again
+            lines = self.log.read_text(encoding="utf-8").split("\n")
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] < iteration]
+            atomic_write_text(self.log, "".join(line + "\n" for line in kept))
+        self._logging = True
         with open(self.log, "a", encoding="utf-8") as file:
             for rollout in self.rollouts[:: max(1, len(self.rollouts) // count)][:count]:
                 record = {
