@@ -8,6 +8,7 @@ source = "rag"
 retriever_type = "bm25"
 max_hops = 4
 top_k_per_hop = 2
+follow_ups = 6  # a small model learns to look things up from many questions
 max_doc_length = 200
 max_seq_len = 1536
 device_batch_size = 1

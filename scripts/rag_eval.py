@@ -1,7 +1,9 @@
-"""Answer the same questions closed book, from retrieved documents and from the gold documents, and compare.
+"""Answer the same questions closed book, from retrieved documents, from the gold documents, and by searching, and
+compare.
 
     python -m scripts.rag_eval --knowledge_base data/rag_examples/knowledge_base \
         --queries data/rag_examples/queries/test.jsonl
+    python -m scripts.rag_eval --systems rag,refrag:refrag,refrag:refrag_rl --knowledge_base ... --queries ...
 
 EM and F1 as in SQuAD (nanochat/metrics.py), of the answer without its citations, which are scored apart. One table,
 and the same as JSON beside it and, with --json, in the last line.
@@ -24,9 +26,11 @@ from nanochat.engine import Engine
 from nanochat.metrics import citation_scores, exact_match, f1, recall_at_k, split_citations
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries, write_jsonl
+from nanochat.searching import Searching
 from nanochat.training import autocast, resolve_dtype
+from tasks.refrag import multi_hop_figures
 
-SYSTEMS = ("closed", "rag", "gold")
+SYSTEMS = ("closed", "rag", "gold", "refrag")
 
 
 @dataclass(kw_only=True)
@@ -45,8 +49,13 @@ class Config:
     """simple, bm25, dense or hybrid; by default the one the base was built with."""
     top_k: int = 5
     """Documents retrieved for a question."""
-    systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
-    """closed: no documents; rag: the retrieved ones; gold: the gold ones only. Separated by commas."""
+    systems: list[str] = field(default_factory=lambda: ["closed", "rag", "gold"])
+    """closed: no documents; rag: the retrieved ones; gold: the gold ones only; refrag: the model searches. Separated by
+    commas; with another checkpoint's source after a colon, refrag:refrag_rl."""
+    top_k_per_hop: int | None = None
+    """refrag: documents shown after a search; by default what the model was trained with."""
+    max_hops: int | None = None
+    """refrag: searches in one answer; likewise."""
     num_questions: int = -1
     """A fixed random sample of this many questions; -1: all."""
     seed: int = 0
@@ -115,10 +124,46 @@ def evaluate_system(
     return scores, answers
 
 
+def evaluate_searching(
+    engine: Engine, queries: list[dict], manager: RetrievalManager, config: Config, meta: dict[str, Any]
+) -> tuple[dict[str, float], list[str]]:
+    """The same where the model searches by itself, and how much it searched; prompt tokens are all that it read."""
+    room = meta["training_config"]["max_seq_len"]
+    searching = Searching(
+        manager.search,
+        config.top_k_per_hop or meta.get("top_k_per_hop", 3),
+        config.max_hops or meta.get("max_hops", 3),
+        max_doc_tokens=config.max_doc_length,
+        max_context=room,
+    )
+    asked = [{"messages": [{"role": "user", "content": query["query"]}]} for query in queries]
+    began = time.perf_counter()
+    with autocast(engine.model.device, resolve_dtype(config.dtype, engine.model.device)):
+        answers = engine.generate_from_conversations(
+            asked, config.batch_size, searching=searching, max_tokens=max(128, config.max_tokens)
+        )
+    seconds = time.perf_counter() - began
+    scores = multi_hop_figures(queries, answers)
+    shown = [[document.id for hop in info.hops for document in hop.documents] for _, info in answers]
+    cited = [split_citations(text)[1] for text, _ in answers]
+    names = [
+        [ids[n - 1] if 0 < n <= len(ids) else f"[{n}]" for n in numbers]
+        for ids, numbers in zip(shown, cited, strict=True)
+    ]
+    if any(names):
+        last = [(query.get("hops") or [query])[-1]["doc_ids"] for query in queries]
+        scores["citation_precision"], scores["citation_recall"] = citation_scores(names, last)
+    scores["seconds_per_question"] = seconds / len(queries)
+    scores["prompt_tokens"] = sum(info.prompt_tokens + len(info.ids) - sum(info.mask) for _, info in answers) / len(
+        queries
+    )
+    return scores, [text for text, _ in answers]
+
+
 def main() -> None:
     config = load_config(Config)
     print0(format_config(config))
-    if unknown := [s for s in config.systems if s not in SYSTEMS]:
+    if unknown := [s for s in config.systems if s.partition(":")[0] not in SYSTEMS]:
         raise UserError(f"unknown system {unknown[0]!r}: there are {', '.join(SYSTEMS)}")
     compute = compute_init(config.device, config.seed)
     queries = [q for q in read_queries(config.queries) if q["answers"]]
@@ -127,17 +172,26 @@ def main() -> None:
     if 0 <= config.num_questions < len(queries):
         queries = random.Random(config.seed).sample(queries, config.num_questions)
     manager = RetrievalManager(config.retriever_type or None, config.knowledge_base)
-    model, tokenizer, meta = load_model(config.source, compute.device, "eval", config.model_tag)
-    engine = Engine(model, tokenizer)
-    room = meta["training_config"]["max_seq_len"] - config.max_tokens
+    engines: dict[str, tuple[Engine, dict[str, Any]]] = {}
     results: dict[str, dict[str, float]] = {}
     predictions: dict[str, list[str]] = {}
     for system in config.systems:
+        kind, _, source = system.partition(":")
+        source = source or config.source
+        if source not in engines:
+            model, tokenizer, meta = load_model(source, compute.device, "eval", config.model_tag)
+            engines[source] = Engine(model, tokenizer), meta
+        engine, meta = engines[source]
+        if kind == "refrag":
+            results[system], predictions[system] = evaluate_searching(engine, queries, manager, config, meta)
+            print0(f"{system}: EM {results[system]['em']:.3f}, F1 {results[system]['f1']:.3f}")
+            continue
         began = time.perf_counter()
-        documents = contexts(system, queries, manager, config.top_k)
+        documents = contexts(kind, queries, manager, config.top_k)
         searched = time.perf_counter() - began
+        room = meta["training_config"]["max_seq_len"] - config.max_tokens
         scores, predictions[system] = evaluate_system(engine, queries, documents, config, room)
-        if system == "rag":
+        if kind == "rag":
             scores["search_seconds_per_question"] = searched / len(queries)
             for k in sorted({1, 5, 10} | {config.top_k}):
                 if k <= config.top_k:
@@ -148,12 +202,13 @@ def main() -> None:
                     scores[f"recall_at_{k}"] = sum(found) / len(found)
         results[system] = scores
         print0(f"{system}: EM {scores['em']:.3f}, F1 {scores['f1']:.3f}")
-    output = config.output or config.queries.parent / "eval" / f"{config.source}-{meta['model_tag']}"
+    output = config.output or config.queries.parent / "eval" / f"{'-'.join(engines)}-{meta['model_tag']}"
     table = format_table(results, len(queries), config.top_k, manager.retriever_type)
     print0("\n" + table)
     figures = {f"{s}_{k}" if not k.startswith("recall") else k: v for s, r in results.items() for k, v in r.items()}
     figures["n"] = len(queries)
-    report = {"figures": figures, "config": config_to_dict(config), "checkpoint": meta["directory"]}
+    checkpoints = {source: meta["directory"] for source, (_, meta) in engines.items()}
+    report = {"figures": figures, "config": config_to_dict(config), "checkpoints": checkpoints}
     atomic_write_text(output / "results.json", json.dumps(report, indent=2))
     atomic_write_text(output / "table.md", table + "\n")
     write_jsonl(
@@ -169,17 +224,29 @@ def main() -> None:
 
 
 def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retriever: str) -> str:
-    names = {"closed": "closed book", "rag": f"{retriever} top-{top_k}", "gold": "gold documents"}
+    names = {
+        "closed": "closed book",
+        "rag": f"{retriever} top-{top_k}",
+        "gold": "gold documents",
+        "refrag": "searching",
+    }
+    searching = any("searches" in r for r in results.values())
     lines = [
-        f"| {n} questions | EM | F1 | recall@{top_k} | citation P / R | prompt tokens | s / question |",
-        "|---|---|---|---|---|---|---|",
+        f"| {n} questions | EM | F1 | recall@{top_k} | citation P / R | prompt tokens | s / question |"
+        + (" searches | documents |" if searching else ""),
+        "|---|---|---|---|---|---|---|" + ("---|---|" if searching else ""),
     ]
     for system, r in results.items():
-        recall = f"{r[f'recall_at_{top_k}']:.3f}" if system == "rag" else "-"
+        kind, _, source = system.partition(":")
+        found = r.get(f"recall_at_{top_k}", r.get("evidence"))
+        recall = "-" if found is None else f"{found:.3f}"
         seconds = r["seconds_per_question"] + r.get("search_seconds_per_question", 0)
         cited = f"{r['citation_precision']:.3f} / {r['citation_recall']:.3f}" if "citation_recall" in r else "-"
         cells = [f"{r['em']:.3f}", f"{r['f1']:.3f}", recall, cited, f"{r['prompt_tokens']:.0f}", f"{seconds:.3f}"]
-        lines.append(f"| {names[system]} | {' | '.join(cells)} |")
+        if searching:
+            searches = r.get("searches", float(kind == "rag"))
+            cells += [f"{searches:.2f}", f"{r.get('documents', top_k if kind == 'rag' else 0):.2f}"]
+        lines.append(f"| {names[kind]}{f' ({source})' if source else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

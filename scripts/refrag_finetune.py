@@ -65,6 +65,8 @@ class Config(TrainConfig):
     """Documents shown after each."""
     query_source: Literal["gold", "expander", "model"] = "gold"
     """Searches to learn from: the data's, those of a rule, or the model's own that found the gold documents."""
+    follow_ups: int = 0
+    """Other questions asked about the documents shown, a turn each."""
     cite: bool = True
     """Answers begin with the number of the document they stand in: "[4] 1904"."""
     max_doc_length: int = 500
@@ -206,6 +208,7 @@ def supervise(
         top_k_per_hop=config.top_k_per_hop,
         cite=config.cite,
         query_source=source,
+        follow_ups=config.follow_ups,
         seed=config.seed,
     )
     tasks = [StaticRAGTask([talk for path in config.conversations for talk in load_conversations(path)])]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,10 +44,13 @@ class MultiHopRAGTask:
         top_k_per_hop: int = 3,
         cite: bool = True,
         query_source: str = "gold",
+        follow_ups: int = 0,
         seed: int = 0,
     ):
         """top_k_per_hop: documents of a hop, the gold ones among them. cite: the answer begins with the number of the
-        document it stands in, the last hop's, "[4] 1904"."""
+        document it stands in, the last hop's, "[4] 1904".
+        follow_ups: so many of the other questions that one of the documents shown answers are asked too, a turn each:
+        more learned tokens for each token read, and an answer without a search where the document is there already."""
         if query_source not in ("gold", "expander"):
             raise UserError(f"query_source is {query_source!r} here; it must be gold or expander")
         self.queries = [q for q in queries if q["answers"] and q["doc_ids"]]
@@ -65,6 +69,11 @@ class MultiHopRAGTask:
         texts = [hop["query"] for hops in self.hops for hop in hops]
         found = iter(retrieve_all(manager, texts, most * top_k_per_hop + 1))
         self.found = [[next(found) for _ in hops] for hops in self.hops]
+        self.follow_ups = follow_ups
+        self.asked_of: dict[str, list[int]] = defaultdict(list)  # document -> the questions it alone answers
+        for i, query in enumerate(self.queries):
+            if len(query["doc_ids"]) == 1:
+                self.asked_of[query["doc_ids"][0]].append(i)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -84,13 +93,21 @@ class MultiHopRAGTask:
             shown += ids
             documents = [document.to_dict(with_score=False) for document in self.manager.documents(ids)]
             parts += [{"type": "search", "query": hop["query"]}, {"type": "documents", "documents": documents}]
-        answer = query["answers"][0]
-        if self.cite:
-            numbers = sorted(shown.index(i) + 1 for i in dict.fromkeys(self.hops[index][-1]["doc_ids"]))
-            answer = " ".join([*(f"[{n}]" for n in numbers), answer])
-        parts.append({"type": "text", "text": answer})
+        parts.append({"type": "text", "text": self._answer(index, self.hops[index][-1]["doc_ids"], shown)})
         messages = [{"role": "user", "content": query["query"]}, {"role": "assistant", "content": parts}]
+        more = [i for id in shown for i in self.asked_of[id] if i != index]
+        for i in rng.sample(more, min(self.follow_ups, len(more))):
+            messages.append({"role": "user", "content": self.queries[i]["query"]})
+            answer = self._answer(i, self.queries[i]["doc_ids"], shown)
+            messages.append({"role": "assistant", "content": answer})
         return {"messages": messages, "metadata": {"query": query["id"]}}
+
+    def _answer(self, index: int, doc_ids: Sequence[str], shown: Sequence[str]) -> str:
+        answer = self.queries[index]["answers"][0]
+        if not self.cite:
+            return answer
+        numbers = sorted(shown.index(i) + 1 for i in dict.fromkeys(doc_ids))
+        return " ".join([*(f"[{n}]" for n in numbers), answer])
 
 
 class StaticRAGTask:

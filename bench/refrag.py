@@ -1,0 +1,224 @@
+"""Searching while answering: what it costs, what it finds, and what each stage of its training brings.
+
+    NANOCHAT_DATA=folder python -m bench.refrag --part hotpot --json
+    python -m bench.refrag --part throughput,train --home data/demo --seeds 0,1,2 --json
+
+hotpot: both gold paragraphs of a HotpotQA question among six, found by one search or by two, the second by rule.
+throughput: 64 questions together against one at a time, with real searches. train: on the world of runs/demo.sh (its base
+directory is --home), from its RAG model: single-shot RAG on the multi-hop questions, REFRAG by example, then by reward,
+and by reward without the mask on retrieved tokens; the same held-out questions for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.common import print_figures, side_by_side, start, table
+from nanochat.common import UserError, run_main
+from nanochat.config import load_config
+from nanochat.retrieval import RetrievalManager
+from nanochat.retrieval.document import read_queries
+
+PARTS = ("hotpot", "throughput", "train")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Measure searching while answering."""
+
+    part: list[str] = field(default_factory=lambda: list(PARTS))
+    """hotpot, throughput, train; separated by commas."""
+    data: Path | None = None
+    """Folder with hotpotqa_distractor.jsonl.gz; by default $NANOCHAT_DATA."""
+    home: Path = Path("data/demo")
+    """Base directory of runs/demo.sh."""
+    source: str = "refrag"
+    """throughput: the checkpoint."""
+    questions: int = 500
+    """Questions that each system answers."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of training."""
+    supervised_steps: int = -1
+    """Steps by example; -1: as in configs/refrag_tiny.py."""
+    rl_steps: int = -1
+    """Steps by reward; -1: as in configs/refrag_tiny.py."""
+    threads: int = 2
+    """CPU threads."""
+    json: bool = False
+    """Print the figures as one JSON object in the last line."""
+
+
+# --- what two searches find
+
+
+def hotpot(config: Config) -> dict[str, float]:
+    from tasks.hotpotqa import read_hotpotqa
+    from tasks.refrag import expand
+
+    folder = config.data or Path(os.environ.get("NANOCHAT_DATA", ""))
+    path = folder / "hotpotqa_distractor.jsonl.gz"
+    if not path.exists():
+        raise UserError(f"{path} is not there: set NANOCHAT_DATA to the folder of hotpotqa_distractor.jsonl.gz")
+    documents, queries, _ = read_hotpotqa(path)
+    manager = RetrievalManager("bm25", documents=documents)
+    texts = [query["query"] for query in queries]
+    first = manager.search(texts, 6)
+    second = manager.search([expand(*pair) for pair in zip(texts, first, strict=True)], 6)
+    once = [[d.id for d in found] for found in first]
+    twice = []
+    for found, more in zip(first, second, strict=True):
+        shown = [d.id for d in found[:3]]
+        twice.append(shown + [d.id for d in more if d.id not in shown][:3])
+    golds = [set(query["doc_ids"]) for query in queries]
+    rows = []
+    for name, ids in (("one search, 6 documents", once), ("two searches, 3 and 3", twice)):
+        both = statistics.mean(gold <= set(of) for gold, of in zip(golds, ids, strict=True))
+        share = statistics.mean(len(gold & set(of)) / len(gold) for gold, of in zip(golds, ids, strict=True))
+        rows.append((name, both, share))
+    print(f"\n{len(documents):,} paragraphs, {len(queries):,} questions\n")
+    print(table(["HotpotQA", "both gold paragraphs", "share of them"], rows))
+    return {"hotpot_recall_single": rows[0][1], "hotpot_recall_2hop": rows[1][1]}
+
+
+# --- many at once
+
+
+def throughput(config: Config) -> dict[str, float]:
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.engine import Engine
+    from nanochat.searching import Searching
+
+    os.environ["NANOCHAT_BASE_DIR"] = str(config.home)
+    model, tokenizer, meta = load_model(config.source)
+    manager = RetrievalManager("bm25", config.home / "rag_examples/knowledge_base")
+    queries = sample(config, 64)
+    asked = [{"messages": [{"role": "user", "content": query["query"]}]} for query in queries]
+    searching = Searching(manager.search, meta["top_k_per_hop"], meta["max_hops"], max_doc_tokens=200)
+    engine = Engine(model, tokenizer)
+    answers: dict[str, Any] = {}
+
+    def together() -> None:
+        answers["together"] = engine.generate_from_conversations(asked, 64, searching=searching, max_tokens=128)
+
+    def alone() -> None:
+        answers["alone"] = [
+            engine.generate_from_conversation(one, searching=searching, max_tokens=128) for one in asked
+        ]
+
+    seconds = side_by_side({"together": together, "alone": alone}, rounds=3)
+    same = statistics.mean(a[0] == b[0] for a, b in zip(answers["together"], answers["alone"], strict=True))
+    searches = statistics.mean(len(info.hops) for _, info in answers["together"])
+    print(f"\n64 questions, {searches:.2f} searches each; {same:.0%} of the answers are the same\n")
+    print(table(["", "s", "questions/s"], [(name, taken, 64 / taken) for name, taken in seconds.items()]))
+    return {"batch64_over_1": seconds["alone"] / seconds["together"]}
+
+
+def sample(config: Config, count: int) -> list[dict[str, Any]]:
+    queries = read_queries(config.home / "rag_examples/queries/multihop_test.jsonl")
+    return random.Random(0).sample(queries, count)
+
+
+# --- what training brings
+
+
+def train(config: Config) -> dict[str, float]:
+    """Every system in its own base directory under home/refrag/<seed>, which may be deleted."""
+    rows, figures = [], {}
+    systems = {"single": "rag", "sft": "refrag:refrag", "rl": "refrag:refrag_rl", "no_mask": "refrag:refrag_rl"}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    for seed in config.seeds:
+        folder = config.home / "refrag" / str(seed)
+        for name in systems:
+            train_system(config, folder / name, name, seed)
+            found[name].append(evaluate(config, folder / name, systems[name]))
+            print(f"seed {seed}, {name}: {found[name][-1]}", flush=True)
+    for name in systems:
+        for key in ("em2", "em3", "evidence", "searches"):
+            values = [of_seed[key] for of_seed in found[name]]
+            figures[f"{key}_{name}"] = statistics.mean(values)
+            figures |= {f"{key}_{name}_{seed}": value for seed, value in zip(config.seeds, values, strict=True)}
+        rows.append((name, *(figures[f"{key}_{name}"] for key in ("em2", "em3", "evidence", "searches"))))
+    print("\n" + table(["system", "EM, 2 hops", "EM, 3 hops", "evidence", "searches"], rows))
+    return figures
+
+
+def train_system(config: Config, base: Path, name: str, seed: int) -> None:
+    if (base / "trained").exists():
+        return
+    examples = config.home / "rag_examples"
+    (base / "checkpoints").mkdir(parents=True, exist_ok=True)
+    source = {"single": config.home, "sft": config.home}.get(name, base.parent / "sft")
+    for stage in ("rag", "refrag") if name in ("rl", "no_mask") else ("mid", "rag"):
+        shutil.copytree(source / "checkpoints" / stage, base / "checkpoints" / stage, dirs_exist_ok=True)
+    data = ["--knowledge_base", examples / "knowledge_base", "--seed", seed]
+    queries = f"{examples / 'queries/multihop_train.jsonl'},{examples / 'queries/train.jsonl'}"
+    val = ["--queries", queries, "--val_queries", examples / "queries/multihop_val.jsonl"]
+    if name == "single":  # as much training, documents and questions; one search with the question itself
+        steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
+        shape = ["configs/rag_tiny.py", "--source", "rag", "--top_k", 6, "--curriculum", "", "--max_seq_len", 1536]
+        run(base, "scripts.rag_finetune", *shape, *data, *val, *(steps or ["--num_steps", 1000]), "--eval_every", 0)
+    elif name == "sft":
+        steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
+        run(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *val, *steps, "--use_rewards", "false")
+    else:
+        steps = ["--rl_steps", config.rl_steps] if config.rl_steps > 0 else []
+        mask = ["--mask_retrieved", "false"] if name == "no_mask" else []
+        run(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *val, *steps, *mask, "--source", "refrag")
+    (base / "trained").touch()
+
+
+def evaluate(config: Config, base: Path, system: str) -> dict[str, float]:
+    examples, shown = config.home / "rag_examples", {}
+    for hops in (2, 3):
+        queries = [q for q in read_queries(examples / "queries/multihop_test.jsonl") if len(q["hops"]) == hops]
+        file = base / f"test{hops}.jsonl"
+        file.write_text("".join(json.dumps(q) + "\n" for q in random.Random(0).sample(queries, config.questions)))
+        arguments = ["--knowledge_base", examples / "knowledge_base", "--queries", file, "--systems", system]
+        run(base, "scripts.rag_eval", *arguments, "--top_k", 6, "--output", base / f"eval{hops}")
+        found = json.loads((base / f"eval{hops}/results.json").read_text())["figures"]
+        shown[f"em{hops}"] = found[f"{system}_em"]
+        shown[f"evidence{hops}"] = found.get(f"{system}_evidence", found.get("recall_at_6"))
+        shown[f"searches{hops}"] = found.get(f"{system}_searches", 1.0)
+    shown["evidence"] = (shown["evidence2"] + shown["evidence3"]) / 2
+    shown["searches"] = (shown["searches2"] + shown["searches3"]) / 2
+    return shown
+
+
+def run(base: Path, module: str, *arguments: Any) -> None:
+    began = time.perf_counter()
+    with open(base / "log.txt", "a", encoding="utf-8") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        raise UserError(f"{module} failed; its output is in {base / 'log.txt'}")
+    print(f"{module} {base}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    config = load_config(Config)
+    if unknown := [part for part in config.part if part not in PARTS]:
+        raise UserError(f"--part {unknown[0]!r} is none of {', '.join(PARTS)}")
+    start(config.threads)
+    figures: dict[str, float] = {}
+    for name, part in (("hotpot", hotpot), ("throughput", throughput), ("train", train)):
+        if name in config.part:
+            figures |= part(config)
+    print_figures(figures, config.json)
+
+
+if __name__ == "__main__":
+    run_main(main)
