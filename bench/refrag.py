@@ -4,9 +4,9 @@
     python -m bench.refrag --part throughput,train --home data/demo --seeds 0,1,2 --json
 
 hotpot: both gold paragraphs of a HotpotQA question among six, found by one search or by two, the second by rule.
-throughput: 64 questions together against one at a time, with real searches. train: on the world of runs/demo.sh (its base
-directory is --home), from its RAG model: single-shot RAG on the multi-hop questions, REFRAG by example, then by reward,
-and by reward without the mask on retrieved tokens; the same held-out questions for all.
+throughput: 64 questions together against one at a time, with real searches. train: on the world of runs/demo.sh (its
+base directory is --home), from its RAG model: single-shot RAG on the multi-hop questions, REFRAG by example, then by
+reward, and by reward without the mask on retrieved tokens; the same held-out questions for all.
 """
 
 from __future__ import annotations
