@@ -85,10 +85,10 @@ class Rollout:
     text: str
     info: Generation
     parts: dict[str, float]
-    old: Tensor | None = None  # (T_i,) log-probabilities when it was written
+    advantages: Tensor | None = None  # (T_i,), as are the others
+    old: Tensor | None = None  # log-probabilities when it was written
     reference: Tensor | None = None
     values: Tensor | None = None
-    advantages: Tensor | None = None
     targets: Tensor | None = None  # of the critic
 
     @property
@@ -102,8 +102,8 @@ class RolloutBatch:
 
     tokens: Tensor
     actions: Tensor
-    old: Tensor
     advantages: Tensor
+    old: Tensor | None = None  # None: these answers are of the model as it is
     reference: Tensor | None = None
     values: Tensor | None = None
     targets: Tensor | None = None
@@ -173,10 +173,11 @@ class RolloutBatches:
     def loss(self, model: HybridLM, batch: RolloutBatch) -> Tensor:
         s = self.settings
         logp, entropy, values = look_back(model, batch.tokens, batch.actions)
+        old = logp.detach() if batch.old is None else batch.old
         if s.algorithm == "weighted":
             total = -(batch.advantages * logp).sum()
         else:
-            total = clipped_loss(logp, batch.old, batch.advantages, s.clip).sum()
+            total = clipped_loss(logp, old, batch.advantages, s.clip).sum()
         if batch.reference is not None:
             divergence = kl_estimate(logp, batch.reference)
             total = total + s.kl * divergence.sum()
@@ -226,8 +227,9 @@ class RolloutBatches:
             info, query = Generation.of(request), asked[at // s.group_size]
             text = request.answer
             self.rollouts.append(Rollout(query, request.prompt, text, info, self.rewards(query, text, info)))
-        self._look_back()
-        self._judge()
+        self.judge()
+        self.rollouts.sort(key=lambda r: len(r.prompt) + len(r.info.ids))  # so that little of a batch is padding
+        self.look_back()
         self.model.train()
         self.collected = iteration
         self._count()
@@ -242,39 +244,48 @@ class RolloutBatches:
         return chosen
 
     @torch.no_grad()
-    def _look_back(self) -> None:
-        """Log-probabilities and values as they are now, before any update."""
+    def look_back(self) -> None:
+        """Log-probabilities and values as they are now, before any update, where they will be needed; and what the
+        critic makes of the rewards."""
+        s = self.settings
+        own = s.updates > 1 or s.algorithm == "ppo"
+        if not own and self.reference is None:
+            return
         for start in range(0, len(self.rollouts), self.micro_batch):
             some = self.rollouts[start : start + self.micro_batch]
             tokens, actions = (t.to(self.model.device) for t in self._tokens(some))
             sizes = actions.sum(1).tolist()
             with autocast(self.model.device, self.dtype):
-                old, _, values = look_back(self.model, tokens, actions)
+                old, _, values = look_back(self.model, tokens, actions) if own else (None, None, None)
                 reference = look_back(self.reference, tokens, actions)[0] if self.reference is not None else None
             for name, flat in (("old", old), ("values", values), ("reference", reference)):
                 if flat is not None:
                     for rollout, part in zip(some, flat.cpu().split(sizes), strict=True):
                         setattr(rollout, name, part)
 
-    def _judge(self) -> None:
+        if s.algorithm == "ppo":
+            self._criticise()
+
+    def _criticise(self) -> None:
+        for rollout in self.rollouts:
+            arriving = torch.zeros_like(rollout.values)
+            if len(arriving):
+                arriving[-1] = rollout.reward
+            rollout.advantages, rollout.targets = gae(arriving, rollout.values, 1.0, self.settings.gae_lambda)
+        together = torch.cat([rollout.advantages for rollout in self.rollouts])
+        for rollout in self.rollouts:
+            rollout.advantages = (rollout.advantages - together.mean()) / (together.std(unbiased=False) + 1e-4)
+
+    def judge(self) -> None:
+        """One advantage for all tokens of an answer, from the rewards; the answers to a question stand together."""
         s = self.settings
         rewards = torch.tensor([rollout.reward for rollout in self.rollouts])
-        if s.algorithm == "ppo":
-            for rollout in self.rollouts:
-                arriving = torch.zeros_like(rollout.values)
-                if len(arriving):
-                    arriving[-1] = rollout.reward
-                rollout.advantages, rollout.targets = gae(arriving, rollout.values, 1.0, s.gae_lambda)
-            together = torch.cat([rollout.advantages for rollout in self.rollouts])
-            for rollout in self.rollouts:
-                rollout.advantages = (rollout.advantages - together.mean()) / (together.std(unbiased=False) + 1e-4)
-            return
         if s.algorithm == "grpo":
             rewards = group_advantages(rewards.view(-1, s.group_size), s.scale_advantages).flatten()
         else:
             rewards = rewards.clamp_min(0.0)
         for rollout, worth in zip(self.rollouts, rewards.tolist(), strict=True):
-            rollout.advantages = torch.full_like(rollout.old, worth)
+            rollout.advantages = torch.full((int(self._tokens([rollout])[1].sum()),), worth)
 
     def _tokens(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
         """tokens (B, L) and actions (B, L - 1)."""

@@ -106,8 +106,8 @@ def estimated_gradient(model, samples: int, **settings) -> torch.Tensor:
     made = batches(model, **settings)
     model.zero_grad()
     made.rollouts = drawn(model, samples, seed=1)
-    made._look_back()
-    made._judge()
+    made.judge()
+    made.look_back()
     model.zero_grad()
     made.loss(model, made.batch(made.rollouts)).backward()
     return -flat(model)  # the loss falls where the reward rises
@@ -119,6 +119,7 @@ def estimated_gradient(model, samples: int, **settings) -> torch.Tensor:
         ({"algorithm": "grpo", "group_size": 8, "scale_advantages": False}, 0.99),
         ({"algorithm": "grpo", "group_size": 64}, 0.99),
         ({"algorithm": "grpo", "group_size": 8, "scale_advantages": False, "clip": 0.0}, 0.99),
+        ({"algorithm": "grpo", "group_size": 8, "scale_advantages": False, "updates": 2}, 0.99),
         ({"algorithm": "ppo", "gae_lambda": 1.0}, 0.99),
     ],
 )
@@ -135,8 +136,8 @@ def test_mean_gradient_is_that_of_the_expected_reward(model, settings, least):
         as_rollout(a.info.ids, a.info.finish_reason == "stop", b.reward)
         for a, b in zip(wrong, wrong[1:] + wrong[:1], strict=True)
     ]
-    made._look_back()
-    made._judge()
+    made.judge()
+    made.look_back()
     model.zero_grad()
     made.loss(model, made.batch(made.rollouts)).backward()
     assert torch.nn.functional.cosine_similarity(exact, -flat(model), dim=0) < 0.8
@@ -151,8 +152,8 @@ def test_what_was_found_is_no_action(model):
     assert tokens.tolist() == [[START, 1, 0, 3, 3, 2, END]]
     assert actions.tolist() == [[True, True, False, False, True, True]]
     made.rollouts = [rollout]
-    made._look_back()
-    made._judge()
+    made.judge()
+    made.look_back()
     logp, entropy, values = look_back(model, tokens, actions)
     assert values is None and (entropy > 0).all()
     with torch.no_grad():
