@@ -233,9 +233,10 @@ class Engine:
 
     def generate(self, prompt: Sequence[int], **settings) -> Iterator[int]:
         """Stream the new tokens of one prompt; the end token is not among them. settings: those of Sampling."""
-        yield from self._stream(Request(prompt, Sampling(**settings), self.tokenizer))
+        yield from self.stream(Request(prompt, Sampling(**settings), self.tokenizer))
 
-    def _stream(self, request: Request) -> Iterator[int]:
+    def stream(self, request: Request) -> Iterator[int]:
+        """The request's new tokens as they come; those that its searches find are among them."""
         batch = Batch(self, max_rows=1)
         batch.add(request)
         given = 0
@@ -288,7 +289,7 @@ class Engine:
         prompt = render_prompt(conversation, self.tokenizer, max_prompt_tokens, max_doc_tokens)
         request = Request.of_conversation(conversation, prompt, sampling, self.tokenizer, searching)
         began, first = time.perf_counter(), 0.0
-        for _ in self._stream(request):
+        for _ in self.stream(request):
             first = first or time.perf_counter() - began
         info = Generation.of(request)
         info.seconds = time.perf_counter() - began

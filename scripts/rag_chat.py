@@ -27,6 +27,8 @@ from nanochat.config import load_config
 from nanochat.conversation import answer_ids, count_documents, render_prompt
 from nanochat.engine import Engine
 from nanochat.retrieval import Document, RetrievalManager
+from nanochat.sampling import Sampling
+from nanochat.searching import Request, Searching
 
 
 @dataclass
@@ -35,14 +37,15 @@ class Config:
 
     knowledge_base: Path
     """Directory of the knowledge base; python -m nanochat.retrieval builds one."""
-    source: Literal["base", "mid", "rag"] = "rag"
-    """Stage of training the model comes from: rag, mid or base."""
+    source: Literal["base", "mid", "rag", "refrag", "refrag_rl"] = "rag"
+    """Stage of training the model comes from: rag, mid or base; refrag and refrag_rl search by themselves."""
     model_tag: str = ""
     """Which model of that stage; empty: the one trained last."""
     retriever_type: str | None = None
     """simple, bm25, dense or hybrid; if not given, what the knowledge base was built for."""
-    top_k: int = 5
-    """Documents to find for each question."""
+    top_k: int | None = None
+    """Documents to find for each question (5), or for each search of a model that searches by itself (as in its
+    training)."""
     temperature: float = 0.0
     """0 takes the likeliest token each time; higher is more varied."""
     max_tokens: int = 256
@@ -84,25 +87,32 @@ class ChatSession:
         max_seq_len: int = 2048,
         system: str = "",
         seed: int = 0,
+        max_hops: int = 0,
     ):
+        """max_hops: searches that the model may write into an answer; 0: one search, for the question itself."""
+        self.max_hops = max_hops
         self.engine, self.manager = engine, manager
         self.top_k, self.temperature, self.max_tokens = top_k, temperature, max_tokens
         self.max_doc_tokens, self.max_seq_len, self.seed = max_doc_tokens, max_seq_len, seed
         self.system = system
         self.messages: list[dict[str, Any]] = []
         self.sources: list[Source] = []
+        self.searches: list[str] = []  # that the model wrote for the last answer
         self.reset()
 
     def reset(self) -> None:
         """Forget the talk."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self.sources = []
+        self.sources, self.searches = [], []
 
     def ask(self, question: str) -> Iterator[str]:
         """Find documents, then stream the answer's text. The talk keeps what was streamed, also of an answer that is
         closed before its end; a question that got no text at all and was stopped, or failed, leaves no trace."""
         if not question.strip():
             raise UserError("the question is empty")
+        if self.max_hops:
+            yield from self._ask_searching(question)
+            return
         documents = self.manager.retrieve(question, self.top_k)
         messages = [
             *self.messages,
@@ -124,19 +134,58 @@ class ChatSession:
             temperature=self.temperature,
             seed=self.seed + len(self.messages),  # the same question asked again may get another answer
         )
-        answer, streamed, complete = "", "", False
+        streamed, complete = "", False
         try:
-            for text in self.engine.stream_text(answer_ids(ids, tokenizer)):
-                answer += text
-                # white space at the end waits: it is not part of the answer unless something follows
-                new, streamed = answer.strip()[len(streamed) :], answer.strip()
-                if new:
-                    yield new
+            for new in self._text(ids):
+                streamed += new
+                yield new
             complete = True
         finally:
             if complete or streamed:
                 self.messages = [*messages, {"role": "assistant", "content": streamed}]
                 self.sources = sources
+
+    def _ask_searching(self, question: str) -> Iterator[str]:
+        """The same where the model searches for itself while it answers."""
+        messages = [*self.messages, {"role": "user", "content": question}]
+        conversation, tokenizer = {"messages": messages}, self.engine.tokenizer
+        prompt = render_prompt(conversation, tokenizer, self.max_seq_len // 2, self.max_doc_tokens)
+        searching = Searching(
+            self.manager.search,
+            self.top_k,
+            self.max_hops,
+            max_doc_tokens=self.max_doc_tokens,
+            max_context=self.max_seq_len - min(self.max_tokens, self.max_seq_len // 4),
+        )
+        sampling = Sampling(
+            max_tokens=min(self.max_tokens, self.max_seq_len - len(prompt)),
+            temperature=self.temperature,
+            seed=self.seed + len(self.messages),
+        )
+        request = Request.of_conversation(conversation, prompt, sampling, tokenizer, searching)
+        streamed, complete = "", False
+        try:
+            for new in self._text(self.engine.stream(request)):
+                streamed += new
+                yield new
+            complete = True
+        finally:
+            if complete or streamed:
+                first = count_documents({"messages": self.messages}) + 1
+                found = [document for hop in request.hops for document in hop.documents]
+                self.messages = [*messages, request.message()]
+                self.sources = [Source(first + i, document) for i, document in enumerate(found)]
+                self.searches = [hop.query for hop in request.hops]
+
+    def _text(self, ids: Iterator[int]) -> Iterator[str]:
+        """The answer's text as it comes. White space at the end waits: it is not part of the answer unless something
+        follows."""
+        answer, streamed = "", ""
+        for text in self.engine.stream_text(answer_ids(ids, self.engine.tokenizer)):
+            answer += text
+            new, streamed = answer.strip()[len(streamed) :], answer.strip()
+            if new:
+                yield new
 
 
 def open_manager(retriever_type: str | None, path: str | Path) -> RetrievalManager:
@@ -199,7 +248,8 @@ class Screen:
         self.write(" (stopped)\n" if stopped else "\n")
         if session.sources is not before:  # not stopped before its first word
             lines = [f"  {format_source(source)}" for source in session.sources] or ["  none found"]
-            self.write(self.dim + "\n".join(["sources:", *lines]) + self.normal + "\n")
+            searches = [f"searched: {' '.join(printable(query).split())}" for query in session.searches]
+            self.write(self.dim + "\n".join([*searches, "sources:", *lines]) + self.normal + "\n")
 
 
 # --- commands
@@ -328,7 +378,7 @@ def chat(session: ChatSession, screen: Screen, retriever_type: str | None = None
 def main() -> None:
     config = load_config(Config)
     for name in ("top_k", "max_tokens", "max_doc_length"):
-        if getattr(config, name) < 1:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
     if not config.temperature >= 0:
         raise UserError(f"--temperature {config.temperature} must be 0 (greedy) or more")
@@ -340,13 +390,14 @@ def main() -> None:
     session = ChatSession(
         Engine(model, tokenizer, prefix_bytes=1 << 29),
         manager,
-        config.top_k,
+        config.top_k or meta.get("top_k_per_hop", 5),
         config.temperature,
         config.max_tokens,
         config.max_doc_length,
         meta.get("training_config", {}).get("max_seq_len", 2048),
         config.system,
         config.seed,
+        meta.get("max_hops", 0),
     )
     screen = Screen()
     try:

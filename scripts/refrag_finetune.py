@@ -283,7 +283,7 @@ def reinforce(
         num_steps=config.rl_steps,
         init_lr_frac=config.rl_lr_frac,
         device_batch_size=config.rollout_batch_size,
-        log_every=1,
+        log_every=min(5, config.log_every),
     )
     evaluate = partial(setup.answer_figures, model, tokenizer, val_queries) if val_queries else None
     best_by = "em" if evaluate and config.eval_every else ""

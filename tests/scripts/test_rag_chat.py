@@ -329,6 +329,31 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(session):
     assert session.messages is before
 
 
+def test_a_model_that_searches_by_itself(session, monkeypatch):
+    t = session.engine.tokenizer
+    search = [t.special_id("<|search_start|>"), *t.encode(" old bridge"), t.special_id("<|search_end|>")]
+    scripts = iter([[*search, *t.encode(" [1] In 1987"), t.special_id("<|assistant_end|>")]] * 2)
+    written: list[int] = []
+
+    def sample(logits, settings, draws, seen=None):
+        if not written:
+            written.extend(next(scripts))
+        return torch.tensor([written.pop(0)])
+
+    monkeypatch.setattr("nanochat.engine.sample", sample)
+    session.max_hops, session.top_k, session.max_tokens = 2, 1, 60
+    assert ask(session, QUESTION) == "[1] In 1987"
+    assert [m["role"] for m in session.messages] == ["user", "assistant"]
+    assert [part["type"] for part in session.messages[1]["content"]] == ["search", "documents", "text"]
+    assert session.searches == ["old bridge"] and [(s.number, s.document.id) for s in session.sources] == [
+        (1, "bridge")
+    ]
+    ask(session, QUESTION)
+    assert [(s.number, s.document.id) for s in session.sources] == [(2, "river")]  # what was shown does not come again
+    session.reset()
+    assert (session.messages, session.sources, session.searches) == ([], [], [])
+
+
 def test_markers_of_the_model_and_white_space_around_the_answer_are_not_streamed(session):
     t = session.engine.tokenizer
     written = [

@@ -90,6 +90,16 @@ def test_example_then_reward(home, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
     assert load_model("refrag_rl", model_tag="tiny")[2]["step"] == 6
     assert load_model("refrag_rl", model_tag="tiny/best")[2]["step"] in (4, 6)
+    evaluate = ["--systems", "rag:refrag,refrag:refrag,refrag:refrag_rl", "--model_tag", "tiny", "--num_questions", 8]
+    evaluate += ["--queries", home / "ex/queries/multihop_train.jsonl", "--output", home / "eval", "--json"]
+    words = [sys.executable, "-m", "scripts.rag_eval", "--knowledge_base", home / "ex/knowledge_base", *evaluate]
+    out = subprocess.run(list(map(str, words)), cwd=REPOSITORY, env=environment(home), capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    figures = json.loads(out.stdout.splitlines()[-1])["figures"]
+    assert figures["refrag:refrag_searches"] > 0 and "refrag:refrag_rl_evidence" in figures
+    table = (home / "eval/table.md").read_text()
+    assert "searching (refrag_rl)" in table and "| searches | documents |" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_killed_in_reinforcement_and_resumed_equals_unbroken(home):
