@@ -296,7 +296,13 @@ def train(
                 f"step {step} ({phase.name}): loss {loss_value}, gradient norm {norm}; stopped before "
                 "the update. Lower the learning rate (--init_lr_frac) and go on with --resume auto"
             )
-        more = phase.figures() if phase.figures else {}
+        try:
+            more = phase.figures() if phase.figures else {}
+        except UserError:
+            if log and step:  # what led to it can be looked at
+                log.close()
+                write_report(run_dir, log.title, config_to_dict(config), model, num_steps)
+            raise
         scale = phase.lr * lr_scale(config, step, progress)
         optimizers.set_lr_scale(scale)
         optimizers.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -65,3 +66,25 @@ def test_block_patterns():
 def test_gpu_runs_its_self_test_on_a_cpu():
     figures = figures_of("gpu", "--rounds", "1")
     assert figures["scan_error_torch"] < 1e-3 and figures["d2_bf16_tokens_per_s"] > 0
+
+
+def test_refrag_searches_twice_for_two_paragraphs(tmp_path):
+    texts = {
+        "Blue Harbour": "Blue Harbour is a film. Its director was Anna Tovik.",
+        "Anna Tovik": "She was born in Marrow.",
+        "Film": "A film is a film. Films have a director. Where was the film of the director born?",
+        "Birth": "Where people are born. Where was the director of a film born?",
+        **{f"Director {n}": "A director of a film was born." for n in range(8)},
+    }
+    record = {
+        "_id": "a",
+        "question": "Where was the director of the film Blue Harbour born?",
+        "answer": "Marrow",
+        "type": "bridge",
+        "supporting_facts": [["Blue Harbour", 0], ["Anna Tovik", 0]],
+        "context": [[title, [text]] for title, text in texts.items()],
+    }
+    with gzip.open(tmp_path / "hotpotqa_distractor.jsonl.gz", "wt") as file:
+        file.write(json.dumps(record) + "\n")
+    figures = figures_of("refrag", "--part", "hotpot", "--data", str(tmp_path))
+    assert figures == {"hotpot_recall_single": 0, "hotpot_recall_2hop": 1}

@@ -192,7 +192,8 @@ class RolloutBatches:
 
     def step_figures(self) -> dict[str, float]:
         """What the last step was like; stops the run if the policy has collapsed."""
-        sums, self._sums = self._sums, dict.fromkeys(self._sums, 0.0)
+        sums = dict(zip(self._sums, self._over_ranks(list(self._sums.values())), strict=True))
+        self._sums = dict.fromkeys(self._sums, 0.0)
         tokens = max(1.0, sums["tokens"])
         figures = self.figures | {"kl": sums["kl"] / tokens, "entropy": sums["entropy"] / tokens}
         for name, bound in (("valid", self.settings.min_valid), ("entropy", self.settings.min_entropy)):
@@ -326,10 +327,16 @@ class RolloutBatches:
             }
             for rollout in self.rollouts
         ]
-        sums = torch.tensor([sum(row[name] for row in rows) for name in rows[0]] + [len(rows)], dtype=torch.float64)
-        if self.compute.world_size > 1:
-            dist.all_reduce(sums)
-        self.figures = {name: (sums[at] / sums[-1]).item() for at, name in enumerate(rows[0])}
+        *sums, count = self._over_ranks([sum(row[name] for row in rows) for name in rows[0]] + [float(len(rows))])
+        self.figures = {name: total / count for name, total in zip(rows[0], sums, strict=True)}
+
+    def _over_ranks(self, values: list[float]) -> list[float]:
+        """Their sums, so that all ranks see the same and stop together."""
+        if self.compute.world_size == 1:
+            return values
+        sums = torch.tensor(values, dtype=torch.float32, device=self.compute.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
 
     def _write_log(self, iteration: int, count: int = 4) -> None:
         if not self._logging and self.log.exists():  # a resumed run writes these steps again
