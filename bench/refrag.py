@@ -161,8 +161,12 @@ def train_system(config: Config, base: Path, name: str, seed: int) -> None:
     for stage in ("rag", "refrag") if name in ("rl", "no_mask") else ("mid", "rag"):
         shutil.copytree(source / "checkpoints" / stage, base / "checkpoints" / stage, dirs_exist_ok=True)
     data = ["--knowledge_base", examples / "knowledge_base", "--seed", seed]
-    queries = f"{examples / 'queries/multihop_train.jsonl'},{examples / 'queries/train.jsonl'}"
-    val = ["--queries", queries, "--val_queries", examples / "queries/multihop_val.jsonl"]
+    val = [
+        "--queries",
+        examples / "queries/multihop_train.jsonl",
+        "--val_queries",
+        examples / "queries/multihop_val.jsonl",
+    ]
     if name == "single":  # as much training, documents and questions; one search with the question itself
         steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
         shape = ["configs/rag_tiny.py", "--source", "rag", "--top_k", 6, "--curriculum", "", "--max_seq_len", 1536]

@@ -1,10 +1,10 @@
 """Search while answering, sized for a laptop: from a model that answers from documents (configs/rag_tiny.py).
 
-python -m scripts.refrag_finetune configs/refrag_tiny.py --knowledge_base data/rag_examples/knowledge_base \
-    --queries data/rag_examples/queries/multihop_train.jsonl
+python -m scripts.refrag_finetune configs/refrag_tiny.py --knowledge_base data/rag_examples/knowledge_base
 """
 
 knowledge_base = "data/rag_examples/knowledge_base"
+queries = "data/rag_examples/queries/multihop_train.jsonl"  # single hops would take tokens from the others
 source = "rag"
 retriever_type = "bm25"
 max_hops = 4

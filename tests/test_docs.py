@@ -17,6 +17,10 @@ SMALLER = {
     + [a for name in ("copy", "far_copy", "recall", "record") for a in (f"--{name}_warmup_steps", "1")],
     "scripts.chat_sft": ["--num_steps", "2"],
     "scripts.rag_finetune": ["--num_steps", "3", "--total_batch_size", "2304", "--eval_every", "0"],
+    "scripts.refrag_finetune": [
+        *["--num_steps", "3", "--eval_every", "0", "--rl_steps", "2", "--group_size", "2", "--queries_per_step", "2"],
+        *["--max_tokens", "8", "--min_valid", "0"],
+    ],
     "scripts.rag_eval": ["--num_questions", "5"],
     "scripts.rag_chat": ["--max_tokens", "5"],
 }
@@ -75,7 +79,7 @@ def test_readme_commands_exist():
             path = REPOSITORY / module.replace(".", "/")
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
     flags = re.findall(r"^\| `(--\w+)`", (REPOSITORY / "RAG_USER_GUIDE.md").read_text(), re.MULTILINE)
-    from scripts.rag_finetune import Config
+    from scripts import rag_finetune, refrag_finetune
 
-    known = set(Config.__dataclass_fields__)
+    known = {*rag_finetune.Config.__dataclass_fields__, *refrag_finetune.Config.__dataclass_fields__}
     assert flags and all(flag[2:] in known for flag in flags if flag != "--type")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -185,7 +186,7 @@ def test_at_a_terminal(home):
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        preexec_fn=lambda: os.login_tty(slave) if hasattr(os, "login_tty") else _login_tty(slave),
+        preexec_fn=lambda: _at_terminal(slave),
     )
     os.close(slave)
     seen = b""
@@ -227,6 +228,11 @@ def test_at_a_terminal(home):
     history = home / "rag_chat_history"
     if history.exists():  # Python has readline
         assert QUESTION in history.read_text()
+
+
+def _at_terminal(slave: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background are started with it ignored
+    os.login_tty(slave) if hasattr(os, "login_tty") else _login_tty(slave)
 
 
 def _login_tty(slave: int) -> None:  # os.login_tty is of Python 3.11
