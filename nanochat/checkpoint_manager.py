@@ -7,7 +7,7 @@
         meta.json               model config, training config, step, data position, RNG, git revision
         COMPLETE                written last; a directory without it is ignored
 
-Sources are the stages of training: base, mid, rag, refrag, embed.
+Sources are the stages of training: base, mid, rag, refrag, refrag_rl, embed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _SCRIPTS = {
     "rag": "rag_finetune",
     "embed": "embed_finetune",
     "refrag": "refrag_finetune",
+    "refrag_rl": "refrag_finetune",
 }
 
 

@@ -95,7 +95,7 @@ class Batch:
         self.engine, self.max_rows, self.join_at = engine, max_rows, min(join_at, max_rows)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.searching: list[tuple[Request, Cache]] = []  # rows that wait for documents
+        self.searching: list[tuple[list[Request], Cache]] = []  # rows that wait for documents, as they came
         self._cache: Cache | None = None
         self._last: Tensor | None = None  # the running rows' newest tokens, not read yet
 
@@ -105,7 +105,12 @@ class Batch:
 
     def drop(self, request: Request) -> None:
         """Give a request up, wherever it is."""
-        self.searching = [row for row in self.searching if row[0] is not request]
+        for at, (requests, cache) in enumerate(self.searching):
+            if request in requests:
+                keep = [i for i, other in enumerate(requests) if other is not request]
+                rest = [([requests[i] for i in keep], cache.select(self._index(keep)))] if keep else []
+                self.searching[at : at + 1] = rest
+                return
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.running:
@@ -117,10 +122,11 @@ class Batch:
         """One more token for every running row, or the first for those that join or have searched; returns the rows
         that got one. Empty when there is nothing left to do."""
         joining, resuming = [], []
-        free = self.max_rows - len(self.running) - len(self.searching)
+        searching = sum(len(requests) for requests, _ in self.searching)
+        free = self.max_rows - len(self.running) - searching
         if self.waiting and (not self.running or free >= self.join_at):
             joining = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        if self.searching and (len(self.searching) >= self.join_at or not (self.running or joining)):
+        if searching and (searching >= self.join_at or not (self.running or joining)):
             resuming, self.searching = self.searching, []
         parts = []  # caches and logits of the rows that go on, then of those that have searched or join
         if self.running:
@@ -128,7 +134,7 @@ class Batch:
             parts.append((self._cache, logits))
         if resuming:
             parts.append(self.engine.resume(resuming))
-            self.running = self.running + [request for request, _ in resuming]
+            self.running = self.running + [request for requests, _ in resuming for request in requests]
         if joining:
             parts += self.engine.prefill(joining)
             self.running = self.running + joining
@@ -144,9 +150,9 @@ class Batch:
         self._last = sample(logits, [r.sampling for r in rows], [r.draw() for r in rows], seen)
         for request, token in zip(rows, self._last.tolist(), strict=True):
             request.take(token, self.engine.end)
-        for row, request in enumerate(rows):
-            if request.waiting and not request.finish_reason:
-                self.searching.append((request, self._cache.select(self._index([row]))))
+        waiting = [i for i, request in enumerate(rows) if request.waiting and not request.finish_reason]
+        if waiting:
+            self.searching.append(([rows[i] for i in waiting], self._cache.select(self._index(waiting))))
         self._keep([i for i, request in enumerate(rows) if not (request.finish_reason or request.waiting)])
         return rows
 
@@ -197,11 +203,11 @@ class Engine:
             parts.append((cache, self._read(cache, [request.prompt[int(cache.lengths[0]) :]])))
         return parts
 
-    def resume(self, rows: Sequence[tuple[Request, Cache]]) -> tuple[Cache, Tensor]:
+    def resume(self, groups: Sequence[tuple[list[Request], Cache]]) -> tuple[Cache, Tensor]:
         """Search for these rows and read what they found; their cache, and the logits after it."""
-        requests = [request for request, _ in rows]
+        requests = [request for members, _ in groups for request in members]
         blocks = look_up(requests)
-        cache = Cache.join([cache for _, cache in rows])
+        cache = Cache.join([cache for _, cache in groups])
         began = time.perf_counter()
         logits = self._read(cache, blocks)
         for request in requests:

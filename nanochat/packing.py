@@ -6,6 +6,8 @@ the same order without any reader state to save.
 
 from __future__ import annotations
 
+import functools
+import random
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.seq_idx)))
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch takes its examples. Not to be changed: it is remembered."""
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def best_fit(lengths: Sequence[int], capacity: int, rng: np.random.Generator) -> list[list[int]]:

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_checkpoint
 from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_main
@@ -25,10 +24,10 @@ from nanochat.config import format_config, load_config
 from nanochat.model.lm import HybridLM
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries
-from nanochat.retrieval.lm_encoder import embed, pad, render_text
+from nanochat.retrieval.lm_encoder import encode_texts
 from nanochat.retrieval.segment import dense_text
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import Phase, TrainConfig, autocast, resolve_dtype, train
+from nanochat.training import Phase, TrainConfig, resolve_dtype, train
 from tasks.contrastive import PairBatches, contrastive_loss
 
 
@@ -66,7 +65,6 @@ class Config(TrainConfig):
     """Steps of rising learning rate."""
 
 
-@torch.inference_mode()
 def recall(
     model: HybridLM, tokenizer: Tokenizer, queries: list[dict], manager: RetrievalManager, config: Config
 ) -> dict[str, float]:
@@ -75,17 +73,15 @@ def recall(
     model.eval()
     found = manager.search([query["query"] for query in queries], 5)
     ids = sorted({id for query in queries for id in query["doc_ids"]} | {d.id for hits in found for d in hits})
-    texts = [(query["query"], "query", config.max_query_tokens) for query in queries]
-    texts += [(dense_text(d), "document", config.max_document_tokens) for d in manager.documents(ids)]
-    vectors = []
-    for start in range(0, len(texts), 64):
-        rows = [render_text(tokenizer, *text) for text in texts[start : start + 64]]
-        tokens, lengths = pad(rows)
-        with autocast(model.device, resolve_dtype(config.dtype, model.device)):
-            vectors.append(embed(model, tokens.to(model.device), lengths.to(model.device)).float().cpu().numpy())
+    dtype = resolve_dtype(config.dtype, model.device)
+    texts = {
+        "query": [query["query"] for query in queries],
+        "document": [dense_text(document) for document in manager.documents(ids)],
+    }
+    limits = {"query": config.max_query_tokens, "document": config.max_document_tokens}
+    vectors = {kind: encode_texts(model, tokenizer, texts[kind], kind, limits[kind], dtype) for kind in texts}
     model.train()
-    of_all = np.concatenate(vectors)
-    best = np.argsort(-(of_all[: len(queries)] @ of_all[len(queries) :].T), axis=1, kind="stable")[:, :5]
+    best = np.argsort(-(vectors["query"] @ vectors["document"].T), axis=1, kind="stable")[:, :5]
     first = [
         next((rank for rank, at in enumerate(row) if ids[at] in query["doc_ids"]), 99)
         for row, query in zip(best.tolist(), queries, strict=True)

@@ -61,7 +61,7 @@ class Config:
     seed: int = 0
     """Seed of that sample."""
     max_tokens: int = 32
-    """Longest answer in tokens."""
+    """Longest answer in tokens; of a model that searches, whose queries count too, at least 128."""
     max_doc_length: int = 500
     """Longest document in tokens; the rest is cut."""
     batch_size: int = 32

@@ -13,7 +13,7 @@ right, for finding the gold documents and for showing few (nanochat/rl/). --use_
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -39,7 +39,7 @@ from tasks.refrag import MultiHopRAGTask, StaticRAGTask, model_hops, multi_hop_f
 
 
 @dataclass(kw_only=True)
-class Config(TrainConfig):
+class Config(TrainConfig, Settings):
     """Fine-tune a model to search while it answers."""
 
     knowledge_base: Path
@@ -54,7 +54,7 @@ class Config(TrainConfig):
     conversations: list[Path] = field(default_factory=list)
     """Files of conversations with documents retrieved before, trained on beside the queries."""
     source: str = "rag"
-    """Checkpoint to start from: rag, mid or base."""
+    """Checkpoint to start from: rag, mid or base; refrag or refrag_rl: reinforcement only."""
     step: int | None = None
     """Step of that checkpoint; by default the newest."""
     retriever_type: str | None = None
@@ -65,8 +65,6 @@ class Config(TrainConfig):
     """Documents shown after each."""
     query_source: Literal["gold", "expander", "model"] = "gold"
     """Searches to learn from: the data's, those of a rule, or the model's own that found the gold documents."""
-    follow_ups: int = 0
-    """Other questions asked about the documents shown, a turn each."""
     cite: bool = True
     """Answers begin with the number of the document they stand in: "[4] 1904"."""
     max_doc_length: int = 500
@@ -87,26 +85,8 @@ class Config(TrainConfig):
     """Steps of it."""
     rl_lr_frac: float = 0.01
     """Scales every learning rate in it."""
-    algorithm: Literal["grpo", "ppo", "weighted"] = "grpo"
-    """grpo: answers to one question are compared; ppo: with a critic; weighted: each answer as likely as its reward."""
-    group_size: int = 5
-    """Answers to each question."""
-    queries_per_step: int = 16
-    """Questions of one step, over all devices."""
     rollout_batch_size: int = 8
     """Answers in one forward pass on one device."""
-    updates: int = 1
-    """Optimizer steps on the same answers."""
-    clip: float = 0.2
-    """How far from 1 the ratio to the policy that wrote the answers counts."""
-    kl: float = 0.001
-    """Weight of the divergence from the supervised model."""
-    entropy: float = 0.0
-    """Weight of an entropy bonus."""
-    gae_lambda: float = 1.0
-    """ppo: 1 takes the whole reward, 0 the critic's next value."""
-    mask_retrieved: bool = True
-    """false: learn from documents as if the model had written them (to see why not)."""
     reward_answer: float = 0.6
     """Weight of being right."""
     reward_evidence: float = 0.3
@@ -119,10 +99,6 @@ class Config(TrainConfig):
     """Taken off for each search."""
     malformed: float = 0.5
     """Taken off for an answer without end or words, or a search for nothing."""
-    min_valid: float = 0.3
-    """The run stops, its best checkpoint kept, when fewer answers than this are well formed."""
-    min_entropy: float = 0.0
-    """Or when the mean entropy of a written token, in nats, falls below this."""
 
 
 def question_files(config: Config) -> list[Path]:
@@ -208,7 +184,6 @@ def supervise(
         top_k_per_hop=config.top_k_per_hop,
         cite=config.cite,
         query_source=source,
-        follow_ups=config.follow_ups,
         seed=config.seed,
     )
     tasks = [StaticRAGTask([talk for path in config.conversations for talk in load_conversations(path)])]
@@ -234,12 +209,12 @@ def supervise(
 def reinforce(
     model: HybridLM,
     tokenizer: Tokenizer,
-    start: Path,
+    reference: HybridLM | None,
     train_queries: list[dict],
     val_queries: list[dict],
     setup: Setup,
 ) -> None:
-    """start: the checkpoint's folder that the divergence is measured from."""
+    """reference: the model that the divergence is measured from, if it is."""
     config, compute = setup.config, setup.compute
     train_queries = [query for query in train_queries if query["answers"]]
     if not train_queries:
@@ -253,29 +228,25 @@ def reinforce(
         config.reward_metric,
         max(1, config.max_hops * config.top_k_per_hop),
     )
-    shared = {f.name: getattr(config, f.name) for f in fields(Settings) if hasattr(config, f.name)}
-    settings = Settings(**shared)
     if config.save_every % config.updates or config.eval_every % config.updates:
         raise UserError(f"save_every and eval_every must be multiples of --updates {config.updates}")
     if config.algorithm == "ppo":
         model.add_value_head()
-    reference = load_checkpoint(start, device=compute.device, with_optimizer=False)[0] if config.kl > 0 else None
     run_dir = setup.root("refrag_rl")
-    run_dir.mkdir(parents=True, exist_ok=True)
     batches = RolloutBatches(
         model,
         tokenizer,
         train_queries,
         replace(setup.searching, at_limit="stop"),
         rewards,
-        settings,
+        config,
         compute,
         reference,
         max_tokens=config.max_tokens,
         micro_batch=config.rollout_batch_size,
         dtype=resolve_dtype(config.dtype, compute.device),
         seed=config.seed,
-        log=run_dir / "rollouts.jsonl",
+        log=None if config.plan else run_dir / "rollouts.jsonl",
     )
     phase = Phase("reinforce", batches, config.rl_steps, loss=batches.loss, figures=batches.step_figures)
     rl_config = replace(
@@ -311,11 +282,14 @@ def main() -> None:
     else:
         held_out = min(200, len(queries) // 10)
         val_queries, queries = queries[:held_out], queries[held_out:]
-    if config.source != "refrag":
+    supervised = not config.source.startswith("refrag")
+    if supervised:
         supervise(model, tokenizer, queries, val_queries, setup)
-        start = setup.root("refrag")
-    if config.use_rewards and not config.plan:
-        reinforce(model, tokenizer, start, queries, val_queries, setup)
+    if config.use_rewards and not (config.plan and supervised):
+        # from the disk and not from memory, so that a run that was resumed has the same one
+        begun = (setup.root("refrag"), None) if supervised else (start, config.step)
+        reference = load_checkpoint(*begun, compute.device, with_optimizer=False)[0] if config.kl > 0 else None
+        reinforce(model, tokenizer, reference, queries, val_queries, setup)
     compute_cleanup()
 
 

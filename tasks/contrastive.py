@@ -24,11 +24,12 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.model.lm import HybridLM
+from nanochat.packing import shuffled
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.lm_encoder import embed, pad, render_text
 from nanochat.retrieval.segment import dense_text
 from nanochat.tokenizer import Tokenizer
-from tasks.rag import retrieve_all
+from tasks.rag import require_documents, retrieve_all
 
 
 @dataclass
@@ -78,11 +79,7 @@ class PairBatches:
         self.queries = [query for query in queries if query["doc_ids"]]
         if len(self.queries) < 2:
             raise UserError("at least two queries with a gold document are needed")
-        if unknown := manager.unknown(id for query in self.queries for id in query["doc_ids"]):
-            raise UserError(
-                f"the knowledge base does not hold the document {unknown[0]!r} that a query names: build the base from "
-                "the same documents as the queries"
-            )
+        require_documents(manager, (id for query in self.queries for id in query["doc_ids"]))
         self.manager, self.tokenizer, self.rows_per_step, self.seed = manager, tokenizer, rows_per_step, seed
         self.hard_negatives, self.limits = hard_negatives, (max_query_tokens, max_document_tokens)
         found = retrieve_all(manager, [query["query"] for query in self.queries], mined) if hard_negatives else None
@@ -99,8 +96,7 @@ class PairBatches:
 
     def get(self, step: int, which: range | None = None) -> Pairs:
         epoch, place = divmod(step, self.steps_per_epoch())
-        order = list(range(len(self.queries)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        order = shuffled(len(self.queries), self.seed, epoch)
         which = which or range(self.rows_per_step)
         rows = [order[(place * self.rows_per_step + row) % len(order)] for row in which]
         wanted: list[str] = []

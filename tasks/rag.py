@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nanochat.common import UserError, atomic_write_text, get_base_dir
@@ -35,6 +35,15 @@ def retrieve_all(manager: RetrievalManager, queries: Sequence[str], top_k: int) 
     if base is not None:
         atomic_write_text(file, json.dumps(found))
     return found
+
+
+def require_documents(manager: RetrievalManager, ids: Iterable[str]) -> None:
+    """UserError if the knowledge base lacks one of these."""
+    if unknown := manager.unknown(ids):
+        raise UserError(
+            f"the knowledge base does not hold the document {unknown[0]!r} that a query names: build the base from the "
+            "same documents as the queries"
+        )
 
 
 class RAGTask:
@@ -62,12 +71,7 @@ class RAGTask:
             raise UserError("none of the queries has both an answer and a gold document: nothing to train on")
         self.manager, self.top_k, self.seed = manager, top_k, seed
         self.questions_per_document, self.cite = questions_per_document, cite
-        if unknown := set(manager.unknown(i for q in self.queries for i in q["doc_ids"])):
-            missing = next(q for q in self.queries if unknown.intersection(q["doc_ids"]))
-            raise UserError(
-                f"query {missing['id']!r} names the document {missing['doc_ids']}, which the knowledge base does not "
-                "hold: build the base from the same documents as the queries"
-            )
+        require_documents(manager, (i for q in self.queries for i in q["doc_ids"]))
         self.found = retrieve_all(manager, [q["query"] for q in self.queries], top_k + 1)
         self.asked_of: dict[str, list[int]] = defaultdict(list)  # document -> the questions it alone answers
         for i, query in enumerate(self.queries):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +24,9 @@ from nanochat.metrics import exact_match, f1, split_citations
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.searching import Searching
 from tasks.common import Conversation
-from tasks.rag import retrieve_all
+from tasks.rag import require_documents, retrieve_all
 
-_NAME = re.compile(r"[^\W\d_][\w'’-]*(?:\s+(?:of|the|de|von|van|and)\s+[^\W\d_][\w'’-]*|\s+[^\W\d_][\w'’-]*)*")
+_WORD = re.compile(r"[^\W\d_][\w'’-]*")
 _MOST_NAMES = 8
 
 
@@ -44,36 +43,24 @@ class MultiHopRAGTask:
         top_k_per_hop: int = 3,
         cite: bool = True,
         query_source: str = "gold",
-        follow_ups: int = 0,
         seed: int = 0,
     ):
         """top_k_per_hop: documents of a hop, the gold ones among them. cite: the answer begins with the number of the
-        document it stands in, the last hop's, "[4] 1904".
-        follow_ups: so many of the other questions that one of the documents shown answers are asked too, a turn each:
-        more learned tokens for each token read, and an answer without a search where the document is there already."""
+        document it stands in, the last hop's, "[4] 1904"."""
         if query_source not in ("gold", "expander"):
             raise UserError(f"query_source is {query_source!r} here; it must be gold or expander")
         self.queries = [q for q in queries if q["answers"] and q["doc_ids"]]
         if not self.queries:
             raise UserError("none of the queries has both an answer and a gold document: nothing to train on")
         self.manager, self.top_k, self.cite, self.seed = manager, top_k_per_hop, cite, seed
-        if unknown := manager.unknown(i for q in self.queries for hop in hops_of(q) for i in hop["doc_ids"]):
-            raise UserError(
-                f"the knowledge base does not hold the document {unknown[0]!r} that a query names: build the base from "
-                "the same documents as the queries"
-            )
         self.hops = [hops_of(q) for q in self.queries]
+        require_documents(manager, (i for hops in self.hops for hop in hops for i in hop["doc_ids"]))
         if query_source == "expander":
             self.hops = expand_all(self.queries, self.hops, manager, top_k_per_hop)
         most = max(map(len, self.hops))
         texts = [hop["query"] for hops in self.hops for hop in hops]
         found = iter(retrieve_all(manager, texts, most * top_k_per_hop + 1))
         self.found = [[next(found) for _ in hops] for hops in self.hops]
-        self.follow_ups = follow_ups
-        self.asked_of: dict[str, list[int]] = defaultdict(list)  # document -> the questions it alone answers
-        for i, query in enumerate(self.queries):
-            if len(query["doc_ids"]) == 1:
-                self.asked_of[query["doc_ids"][0]].append(i)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -81,33 +68,25 @@ class MultiHopRAGTask:
     def __getitem__(self, index: int) -> Conversation:
         return self.conversation(index)
 
-    def conversation(self, index: int, epoch: int = 0, top_k: int | None = None) -> Conversation:
-        """The index-th example; another epoch shuffles documents anew. top_k: documents of a hop."""
+    def conversation(self, index: int, epoch: int = 0) -> Conversation:
+        """The index-th example; another epoch shuffles documents anew."""
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         query, parts, shown = self.queries[index], [], []
         for hop, found in zip(self.hops[index], self.found[index], strict=True):
             gold = [i for i in dict.fromkeys(hop["doc_ids"]) if i not in shown]
             others = [i for i in found if i not in shown and i not in hop["doc_ids"]]
-            ids = gold + others[: max(0, (top_k or self.top_k) - len(gold))]
+            ids = gold + others[: max(0, self.top_k - len(gold))]
             rng.shuffle(ids)
             shown += ids
             documents = [document.to_dict(with_score=False) for document in self.manager.documents(ids)]
             parts += [{"type": "search", "query": hop["query"]}, {"type": "documents", "documents": documents}]
-        parts.append({"type": "text", "text": self._answer(index, self.hops[index][-1]["doc_ids"], shown)})
+        answer = query["answers"][0]
+        if self.cite:
+            numbers = sorted(shown.index(i) + 1 for i in dict.fromkeys(self.hops[index][-1]["doc_ids"]))
+            answer = " ".join([*(f"[{n}]" for n in numbers), answer])
+        parts.append({"type": "text", "text": answer})
         messages = [{"role": "user", "content": query["query"]}, {"role": "assistant", "content": parts}]
-        more = [i for id in shown for i in self.asked_of[id] if i != index]
-        for i in rng.sample(more, min(self.follow_ups, len(more))):
-            messages.append({"role": "user", "content": self.queries[i]["query"]})
-            answer = self._answer(i, self.queries[i]["doc_ids"], shown)
-            messages.append({"role": "assistant", "content": answer})
         return {"messages": messages, "metadata": {"query": query["id"]}}
-
-    def _answer(self, index: int, doc_ids: Sequence[str], shown: Sequence[str]) -> str:
-        answer = self.queries[index]["answers"][0]
-        if not self.cite:
-            return answer
-        numbers = sorted(shown.index(i) + 1 for i in dict.fromkeys(doc_ids))
-        return " ".join([*(f"[{n}]" for n in numbers), answer])
 
 
 class StaticRAGTask:
@@ -122,7 +101,7 @@ class StaticRAGTask:
     def __getitem__(self, index: int) -> Conversation:
         return self.conversations[index]
 
-    def conversation(self, index: int, epoch: int = 0, top_k: int | None = None) -> Conversation:
+    def conversation(self, index: int, epoch: int = 0) -> Conversation:
         return self.conversations[index]
 
 
@@ -132,16 +111,9 @@ class StaticRAGTask:
 def expand(question: str, documents: Sequence[Document]) -> str:
     """The next search by rule: the question, and the names in the best document that it does not have."""
     known = question.casefold()
-    names: list[str] = []
-    for document in documents[:1]:
-        for text in (document.title, document.content):
-            for match in _NAME.finditer(text):
-                names += [word for word in _capitalised(match[0]) if word.casefold() not in known]
-    return " ".join([question, *list(dict.fromkeys(names))[:_MOST_NAMES]])
-
-
-def _capitalised(text: str) -> list[str]:
-    return [word for word in text.split() if word[0].isupper()]
+    words = [word for document in documents[:1] for word in _WORD.findall(f"{document.title}\n{document.content}")]
+    names = dict.fromkeys(word for word in words if word[0].isupper() and word.casefold() not in known)
+    return " ".join([question, *list(names)[:_MOST_NAMES]])
 
 
 def expand_all(

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError
 from nanochat.model.lm import HybridLM
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import autocast, resolve_dtype
@@ -55,11 +54,39 @@ def embed(model: HybridLM, tokens: Tensor, lengths: Tensor) -> Tensor:
     return F.normalize((states * real.unsqueeze(-1)).sum(1) / lengths.unsqueeze(1), dim=-1)
 
 
+@torch.inference_mode()
+def encode_texts(
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    kind: str,
+    max_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    tokens_at_once: int = 8192,
+) -> np.ndarray:
+    """(texts, D) unit vectors. tokens_at_once: of one forward pass, padding included."""
+    rows = [render_text(tokenizer, text, kind, max_tokens) for text in texts]
+    vectors = np.empty((len(rows), model.config.d_model), dtype=np.float32)
+    order = sorted(range(len(rows)), key=lambda at: len(rows[at]))  # so that little is padding
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * len(rows[order[end]]) <= tokens_at_once:
+            end += 1
+        tokens, lengths = pad([rows[at] for at in order[start:end]])
+        with autocast(model.device, dtype):
+            of_some = embed(model, tokens.to(model.device), lengths.to(model.device))
+        vectors[order[start:end]] = of_some.float().cpu().numpy()
+        start = end
+    return vectors
+
+
 class LMEncoder:
     """What DenseRetriever wants of an encoder."""
 
     def __init__(self, model: str = "self", device: str | None = None, dtype: str = "auto", tokens_at_once: int = 8192):
-        """tokens_at_once: of one forward pass; padding included."""
+        """model: self (the newest of source embed), self:SOURCE or self:SOURCE/TAG. tokens_at_once: see
+        encode_texts."""
         self.name, self.tokens_at_once = model, tokens_at_once
         self.model, self.tokenizer, meta = load_own(model, "embed", device)
         self.dtype = resolve_dtype(dtype, self.model.device)
@@ -86,20 +113,6 @@ class LMEncoder:
 
     encode = encode_document
 
-    @torch.inference_mode()
     def _encode(self, texts: list[str], kind: str, dtype: torch.dtype) -> np.ndarray:
-        rows = [render_text(self.tokenizer, text, kind, self.max_tokens[kind]) for text in texts]
-        vectors = np.empty((len(rows), self.model.config.d_model), dtype=np.float32)
-        order = sorted(range(len(rows)), key=lambda at: len(rows[at]))  # so that little is padding
-        while order:
-            count = 1
-            while count < len(order) and (count + 1) * len(rows[order[count]]) <= self.tokens_at_once:
-                count += 1
-            some, order = order[:count], order[count:]
-            tokens, lengths = pad([rows[at] for at in some])
-            with autocast(self.model.device, dtype):
-                of_some = embed(self.model, tokens.to(self.model.device), lengths.to(self.model.device))
-            vectors[some] = of_some.float().cpu().numpy()
-        if not np.isfinite(vectors).all():
-            raise UserError(f"the model {self.name!r} gives numbers that are not finite; train it anew")
-        return vectors
+        limit = self.max_tokens[kind]
+        return encode_texts(self.model, self.tokenizer, texts, kind, limit, dtype, self.tokens_at_once)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from nanochat.retrieval.milvus_store import (
     Filter,
     State,
     Store,
-    reason,
+    told,
 )
 from nanochat.retrieval.postings import hash64
 from nanochat.retrieval.segment import dense_text, text_of
@@ -73,7 +73,8 @@ class MilvusRetriever:
             raise UserError(f"dense_index is {dense_index!r}; it must be auto, FLAT, HNSW or AUTOINDEX")
         self.uri, self.collection, self.dense_index = str(uri), collection, dense_index
         self.store = Store(self.uri, collection, token)
-        state = self.store.state()
+        with self.told():
+            state = self.store.state()
         if search:
             settings["search"] = search
         settings = self._agreed(settings, state)
@@ -97,24 +98,29 @@ class MilvusRetriever:
 
     # --- the contract
 
+    def told(self) -> contextlib.AbstractContextManager[None]:
+        """Milvus' errors as ours."""
+        return told(self, self.store)
+
     def __len__(self) -> int:
-        return self.store.state().documents
+        with self.told():
+            return self.store.state().documents
 
     def search(
         self, queries: list[str], top_k: int = 5, where: dict[str, Any] | None = None, explain: bool = False
     ) -> list[list[Document]]:
         if self._dense is not None:
             _ = self._dense.encoder  # before the copy below, so that it is loaded once
-        with _told(self):
+        with self.told():
             return self._retriever.over(_Candidates(self.store)).search(queries, top_k, where, explain)
 
     def score(self, query: str, ids: list[str]) -> list[float]:
-        with _told(self):
+        with self.told():
             return self._retriever.over(_Candidates(self.store)).score(query, ids)
 
     def get(self, ids: Iterable[str]) -> list[Document | None]:
         ids = list(ids)
-        with _told(self):
+        with self.told():
             found = self.store.get(ids)
         return [found.get(id) for id in ids]
 
@@ -129,7 +135,7 @@ class MilvusRetriever:
         """Documents with their embeddings, where these are known. after: called with the state and how many there were
         in it after each batch, may note something in the state."""
         pairs, seen = iter(pairs), set()
-        with _told(self), self.store.writing(self._settings(), self._terms) as (state, counts):
+        with self.told(), self.store.writing(self._settings(), self._terms) as (state, counts):
             while batch := list(islice(pairs, BATCH)):
                 documents = [document for document, _ in batch]
                 for document in documents:
@@ -157,7 +163,7 @@ class MilvusRetriever:
         if isinstance(ids, str):
             raise TypeError("delete takes ids; for one document: delete([id])")
         ids = list(dict.fromkeys(ids))
-        with _told(self):
+        with self.told():
             _Candidates(self.store).rows(ids)  # all of them are there, or nothing is done
             with self.store.writing(self._settings(), self._terms) as (state, counts):
                 for start in range(0, len(ids), BATCH):
@@ -168,7 +174,7 @@ class MilvusRetriever:
                         state.forget(self._terms(document), counts)
 
     def stats(self) -> dict[str, Any]:
-        with _told(self):
+        with self.told():
             state = self.store.state()
             there = self.store.count()
         lengths = {"mean_length": state.length / max(1, state.documents), "mean_length_pushed": state.mean_length}
@@ -247,15 +253,6 @@ def _check(document: Document) -> None:
             )
     if len(Filter.fields(document)) > MOST_FIELDS:
         raise UserError(f"document {document.id!r} has more than {MOST_FIELDS:,} values in its metadata; shorten them")
-
-
-@contextlib.contextmanager
-def _told(retriever: MilvusRetriever) -> Iterator[None]:
-    """Milvus' errors as ours."""
-    try:
-        yield
-    except retriever.store.pymilvus.MilvusException as error:
-        raise UserError(f"{retriever}: {reason(error)}") from error
 
 
 # --- searching

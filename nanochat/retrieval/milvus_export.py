@@ -14,7 +14,7 @@ from nanochat.retrieval.collection import Collection
 from nanochat.retrieval.document import Document
 from nanochat.retrieval.knowledge_base import KnowledgeBase
 from nanochat.retrieval.milvus import MilvusRetriever
-from nanochat.retrieval.milvus_store import State, Store
+from nanochat.retrieval.milvus_store import State, Store, told
 
 
 def export_knowledge_base(
@@ -34,11 +34,14 @@ def export_knowledge_base(
     places = {name: settings.pop(name) for name in ("token", "dense_index") if name in settings}
     settings = {**settings, **knowledge_base.retriever(search, **settings).settings()}  # it has what is needed
     if replace:
-        Store(str(uri), collection, places.get("token", "")).drop()
+        store = Store(str(uri), collection, places.get("token", ""))
+        with told(uri, store):
+            store.drop()
     retriever = MilvusRetriever(uri, collection, search, **places, **settings)
     source = [str(knowledge_base.path.resolve()), knowledge_base.version, knowledge_base.manifest["created"]]
-    state = retriever.store.state()
-    if retriever.store.count() and state.export.get("source") != source:
+    with retriever.told():
+        state, there = retriever.store.state(), retriever.store.count()
+    if there and state.export.get("source") != source:
         raise UserError(
             f"{retriever} has documents of something else; give another --collection, or --replace true to throw them "
             "away"
@@ -53,10 +56,11 @@ def export_knowledge_base(
             after(done)
 
     retriever.push(islice(_with_embeddings(knowledge_base.documents, search), done, None), note)
-    there = (retriever.store.count(), len(retriever))
-    if there != (len(knowledge_base), len(knowledge_base)):
+    with retriever.told():
+        there = retriever.store.count()
+    if not there == len(retriever) == len(knowledge_base):
         raise UserError(
-            f"{retriever} has {there[0]:,} documents and counts {there[1]:,}, {knowledge_base.path} has "
+            f"{retriever} has {there:,} documents and counts {len(retriever):,}, {knowledge_base.path} has "
             f"{len(knowledge_base):,}; export again with --replace true"
         )
     return retriever

@@ -145,7 +145,8 @@ class Store:
     def writing(
         self, settings: dict[str, Any], terms_of: Callable[[Document], Counter[str]]
     ) -> Iterator[tuple[State, Counter[int]]]:
-        """The state, and counts to be added to the terms' when the change is through."""
+        """The state, and counts to be added to the terms' when the change is through; a refused document (UserError)
+        ends it in order too. Whatever else goes wrong leaves the state as half written, to be counted again."""
         if not self.client.has_collection(self.notes):
             self._create_small(self.terms, "count")
             self._create_small(self.notes, "state")
@@ -156,12 +157,16 @@ class Store:
         state.settings = settings
         state.half_written = True
         self.write(state)
+        refused = None
         try:
             yield state, counts
-        finally:
-            self._add_counts(counts)
-            state.half_written, state.changes = False, state.changes + 1
-            self.write(state)
+        except UserError as error:
+            refused = error
+        self._add_counts(counts)
+        state.half_written, state.changes = False, state.changes + 1
+        self.write(state)
+        if refused is not None:
+            raise refused
 
     def _count_again(self, state: State, counts: Counter[int], terms_of: Callable[[Document], Counter[str]]) -> None:
         self.client.drop_collection(self.terms)
@@ -310,6 +315,14 @@ def _document(row: dict[str, Any]) -> Document:
     if "dense" in row:
         document.explanation["vector"] = row["dense"]
     return document
+
+
+@contextlib.contextmanager
+def told(place: Any, store: Store) -> Iterator[None]:
+    try:
+        yield
+    except store.pymilvus.MilvusException as error:
+        raise UserError(f"{place}: {reason(error)}") from error
 
 
 def signed(hashed: int) -> int:

@@ -17,20 +17,19 @@ import numpy as np
 from nanochat.common import UserError
 
 _WAIT = timedelta(days=7)  # rank 0 may read documents for long before it has something to encode
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+_ranks = 1  # that encode together, inside of group(); a training script's ranks each encode for themselves
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0")) if "RANK" in os.environ else 0
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
 def group() -> Iterator[None]:
     """Rank 0 does what is inside; the others encode for it meanwhile."""
-    if world_size() == 1:
+    global _ranks
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
         yield
         return
     import torch
@@ -39,17 +38,19 @@ def group() -> Iterator[None]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # torchrun leaves one to each
     dist.init_process_group("gloo", timeout=_WAIT)
+    _ranks = size
     try:
         yield
     finally:
         if rank() == 0:
-            _hand_out([None] * world_size())
+            _hand_out([None] * size)
+        _ranks = 1
         dist.destroy_process_group()
 
 
 def local_device(device: str | None) -> str | None:
     """The device of this rank where none, or just "cuda", is asked for."""
-    if world_size() > 1 and device in (None, "cuda"):
+    if _ranks > 1 and device in (None, "cuda"):
         import torch
 
         if torch.cuda.is_available():
@@ -59,16 +60,16 @@ def local_device(device: str | None) -> str | None:
 
 def sharded(encode: Callable[[list[str]], np.ndarray], settings: dict[str, Any]) -> Callable[[list[str]], np.ndarray]:
     """encode with the help of the other ranks, who make the same encoder from its settings."""
-    if world_size() == 1:
+    if _ranks == 1:
         return encode
 
     def encode_together(texts: list[str]) -> np.ndarray:
-        size = world_size()
+        size = _ranks
         parts = [texts[len(texts) * r // size : len(texts) * (r + 1) // size] for r in range(size)]
         _hand_out([(settings, part) for part in parts])
         try:
             own: Any = encode(parts[0]) if parts[0] else None
-        except UserError as error:  # the others must not wait for ever
+        except Exception as error:  # raised when the others have answered: they must not wait for ever
             own = error
         found = _collect(own)
         for answer in found:
@@ -106,6 +107,6 @@ def _hand_out(tasks: list[Any] | None) -> Any:
 def _collect(answer: Any) -> list[Any]:
     import torch.distributed as dist
 
-    found: list[Any] = [None] * world_size() if rank() == 0 else []
+    found: list[Any] = [None] * _ranks if rank() == 0 else []
     dist.gather_object(answer, found if rank() == 0 else None, dst=0)
     return found

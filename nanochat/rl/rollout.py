@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from nanochat.common import Compute, UserError, atomic_write_text
 from nanochat.conversation import render_prompt
 from nanochat.engine import Engine, Generation
 from nanochat.model.lm import HybridLM
+from nanochat.packing import shuffled
 from nanochat.rl.grpo import clipped_loss, group_advantages, kl_estimate
 from nanochat.rl.ppo import gae, value_loss
 from nanochat.rl.rewards import Rewards
@@ -35,16 +36,16 @@ from nanochat.training import autocast
 ALGORITHMS = ("grpo", "ppo", "weighted")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Settings:
-    """Of reinforcement; nanochat.rl.rollout.RolloutBatches."""
+    """Of reinforcement; a script's config inherits them."""
 
-    algorithm: str = "grpo"
-    """grpo; ppo (a critic is trained along); weighted: likelihood of each answer weighted by its reward."""
+    algorithm: Literal["grpo", "ppo", "weighted"] = "grpo"
+    """grpo: answers to one question are compared; ppo: with a critic; weighted: each answer as likely as its reward."""
     group_size: int = 5
-    """Answers to each question of a step."""
+    """Answers to each question."""
     queries_per_step: int = 16
-    """Over all devices."""
+    """Questions of one step, over all devices."""
     updates: int = 1
     """Optimizer steps on the same answers."""
     clip: float = 0.2
@@ -55,9 +56,9 @@ class Settings:
     """Weight of the entropy, as a bonus."""
     scale_advantages: bool = True
     """grpo: divide by the group's standard deviation."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 1.0
     """ppo: 1 takes the whole reward, 0 the critic's next value."""
-    value: float = 0.5
+    value_weight: float = 0.5
     """ppo: weight of the critic's loss."""
     mask_retrieved: bool = True
     """False: learn from the documents' tokens as if the model had written them (an ablation, it is wrong)."""
@@ -116,13 +117,17 @@ class RolloutBatch:
         return RolloutBatch(*(None if t is None else t.to(device) for t in vars(self).values()))
 
 
-def look_back(model: HybridLM, tokens: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(T,) log-probabilities of the tokens that were taken, entropies, and values if the model has a critic."""
+def look_back(
+    model: HybridLM, tokens: Tensor, actions: Tensor, learn_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(T,) log-probabilities of the tokens that were taken, entropies (with a gradient if learn_entropy: it keeps two
+    more arrays of (T, vocabulary) in memory), and values if the model has a critic."""
     states = model(tokens, states=True)[:, :-1][actions]
     logp = model.lm_head(states).float().log_softmax(-1)
     taken = logp.gather(-1, tokens[:, 1:][actions].unsqueeze(-1)).squeeze(-1)
     values = model.value_head(states).float().squeeze(-1) if model.value_head is not None else None
-    return taken, -(logp.exp() * logp).sum(-1), values
+    all_of_them = logp if learn_entropy else logp.detach()
+    return taken, -(all_of_them.exp() * all_of_them).sum(-1), values
 
 
 class RolloutBatches:
@@ -172,7 +177,7 @@ class RolloutBatches:
 
     def loss(self, model: HybridLM, batch: RolloutBatch) -> Tensor:
         s = self.settings
-        logp, entropy, values = look_back(model, batch.tokens, batch.actions)
+        logp, entropy, values = look_back(model, batch.tokens, batch.actions, learn_entropy=s.entropy != 0)
         old = logp.detach() if batch.old is None else batch.old
         if s.algorithm == "weighted":
             total = -(batch.advantages * logp).sum()
@@ -183,7 +188,7 @@ class RolloutBatches:
             total = total + s.kl * divergence.sum()
             self._sums["kl"] += float(divergence.detach().sum())
         if s.algorithm == "ppo":
-            total = total + s.value * value_loss(values, batch.values, batch.targets, s.clip).sum()
+            total = total + s.value_weight * value_loss(values, batch.values, batch.targets, s.clip).sum()
         if s.entropy:
             total = total - s.entropy * entropy.sum()
         self._sums["entropy"] += float(entropy.detach().sum())
@@ -200,7 +205,7 @@ class RolloutBatches:
             if figures[name] < bound:
                 raise UserError(
                     f"the policy has collapsed: {name} is {figures[name]:.3f}, below min_{name} {bound}; stopped "
-                    "before the update. Lower the learning rate (--init_lr_frac) or raise --kl; the best checkpoint is "
+                    "before the update. Lower its learning rate (--rl_lr_frac) or raise --kl; the best checkpoint is "
                     "kept"
                 )
         return figures
@@ -241,7 +246,7 @@ class RolloutBatches:
         chosen = []
         for place in places:
             epoch, at = divmod(iteration * self.settings.queries_per_step + place, len(self.queries))
-            chosen.append(self.queries[_order(self.seed, epoch, len(self.queries))[at]])
+            chosen.append(self.queries[shuffled(len(self.queries), self.seed, epoch)[at]])
         return chosen
 
     @torch.no_grad()
@@ -263,7 +268,6 @@ class RolloutBatches:
                 if flat is not None:
                     for rollout, part in zip(some, flat.cpu().split(sizes), strict=True):
                         setattr(rollout, name, part)
-
         if s.algorithm == "ppo":
             self._criticise()
 
@@ -286,7 +290,7 @@ class RolloutBatches:
         else:
             rewards = rewards.clamp_min(0.0)
         for rollout, worth in zip(self.rollouts, rewards.tolist(), strict=True):
-            rollout.advantages = torch.full((int(self._tokens([rollout])[1].sum()),), worth)
+            rollout.advantages = torch.full((sum(self._taken(rollout)),), worth)
 
     def _tokens(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
         """tokens (B, L) and actions (B, L - 1)."""
@@ -296,11 +300,14 @@ class RolloutBatches:
         actions = torch.zeros(len(rows), longest, dtype=torch.bool)
         for at, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
             tokens[at, : len(row)] = torch.tensor(row)
-            taken = rollout.info.mask if self.settings.mask_retrieved else [1] * len(rollout.info.ids)
-            taken = [*taken, *[1] * len(self._ending(rollout))]
-            start = len(rollout.prompt)
+            taken, start = self._taken(rollout), len(rollout.prompt)
             actions[at, start : start + len(taken)] = torch.tensor(taken, dtype=torch.bool)
         return tokens, actions[:, 1:]
+
+    def _taken(self, rollout: Rollout) -> list[int]:
+        """1 for each token behind the prompt that is an action."""
+        written = rollout.info.mask if self.settings.mask_retrieved else [1] * len(rollout.info.ids)
+        return [*written, *[1] * len(self._ending(rollout))]
 
     def _ending(self, rollout: Rollout) -> list[int]:
         """The end of the message is an action like others, where the model took it."""
@@ -365,9 +372,3 @@ def _readable(rollout: Rollout) -> list[str]:
         else:
             lines.append(f"search: {part['query']}" if part["type"] == "search" else f"says: {part['text']}")
     return lines
-
-
-def _order(seed: int, epoch: int, count: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order

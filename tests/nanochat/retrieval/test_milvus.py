@@ -118,6 +118,26 @@ def test_a_killed_change_is_counted_again(tmp_path):
     assert there.stats()["rows"] == len(there) == 31
 
 
+def test_an_error_of_milvus_is_one_line_and_counted_again(monkeypatch):
+    there, here = pair("bm25")
+    documents = random_documents(30)
+    there.add(documents[:10])
+    upsert = there.store.upsert
+
+    def fails(rows):
+        upsert(rows)
+        raise there.store.pymilvus.MilvusException(message="no room")
+
+    monkeypatch.setattr(there.store, "upsert", fails)
+    with pytest.raises(UserError, match="no room"):
+        there.add(documents[10:20])
+    assert there.stats()["half_written"] and there.stats()["rows"] == 20 and len(there) == 10
+    monkeypatch.undo()
+    there.add(documents[20:])
+    here.add(documents)
+    assert hits(there) == hits(here) and len(there) == 30 and not there.stats()["half_written"]
+
+
 def test_a_refused_document_leaves_the_counts_right():
     there, here = pair("bm25")
     documents = random_documents(5)
@@ -177,9 +197,9 @@ def test_export_goes_on_where_it_was(base, search, tmp_path, monkeypatch):
         export_knowledge_base(base, **target, after=interrupt)
     rest = []
     there = export_knowledge_base(base, **target, after=rest.append)
-    assert rest == [30, 40] and len(there) == 40
+    assert rest == [20, 30, 40] and len(there) == 40  # the batch that was cut short once more
     assert hits(there) == hits(base.retriever(search, **encoder(search)))
-    assert export_knowledge_base(base, **target, after=rest.append) and rest == [30, 40]  # nothing to do
+    assert export_knowledge_base(base, **target, after=rest.append) and rest == [20, 30, 40]  # nothing to do
 
     there.store.delete([random_documents(45)[7].id])  # behind our back
     with pytest.raises(UserError, match="39 documents and counts 40"):
