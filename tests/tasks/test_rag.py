@@ -96,7 +96,7 @@ def test_queries_that_cannot_be_trained_on(manager):
     with pytest.raises(UserError, match="nothing to train on"):
         RAGTask([unanswerable], manager)
     stray = {**QUERIES[0], "doc_ids": ["elsewhere"]}
-    with pytest.raises(UserError, match="does not hold the document .elsewhere."):
+    with pytest.raises(UserError, match=r"does not hold the document .elsewhere."):
         RAGTask([stray], manager)
 
 
