@@ -16,6 +16,9 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+ABSTENTION = "The documents do not say."
+"""What a model is taught to answer where the documents hold no answer."""
+
 _CITATION = re.compile(r"\s*\[(\d{1,9})\]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -30,6 +33,31 @@ def split_citations(answer: str) -> tuple[str, list[int]]:
     """An answer without its citations, and the document numbers they name: "[2] 1904 [2][3]" -> ("1904", [2, 3])."""
     numbers = dict.fromkeys(int(number) for number in _CITATION.findall(answer))
     return _CITATION.sub("", answer).strip(), list(numbers)
+
+
+def abstains(answer: str) -> bool:
+    return normalize_answer(split_citations(answer)[0]) == normalize_answer(ABSTENTION)
+
+
+def stated_answer(answer: str) -> str:
+    """What an answer claims: without its citations, and nothing where it abstains, as exact_match and f1 want it."""
+    return "" if abstains(answer) else split_citations(answer)[0]
+
+
+def abstention_scores(abstained: Sequence[bool], answerable: Sequence[bool]) -> dict[str, float]:
+    """abstention_precision: of the answers that abstain, the share that was right to (0 if none does);
+    abstention_recall: of the questions without an answer, the share that is abstained from; false_refusal: of those
+    with one. A figure whose questions do not occur is left out."""
+    pairs = list(zip(abstained, answerable, strict=True))
+    without = [said_nothing for said_nothing, has_answer in pairs if not has_answer]
+    with_one = [said_nothing for said_nothing, has_answer in pairs if has_answer]
+    scores = {}
+    if without:
+        scores["abstention_precision"] = sum(without) / max(1, sum(abstained))
+        scores["abstention_recall"] = sum(without) / len(without)
+    if with_one:
+        scores["false_refusal"] = sum(with_one) / len(with_one)
+    return scores
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> float:

@@ -113,7 +113,11 @@ def _check(config: PrepareConfig) -> None:
 
 def prepare_example(config: PrepareConfig) -> Dataset:
     world = generate_world(config.num_documents, config.seed)
-    queries = {**world.questions, **{f"multihop_{split}": world.multihop[split] for split in SPLITS}}
+    queries = {
+        **world.questions,
+        **{f"multihop_{split}": world.multihop[split] for split in SPLITS},
+        **{f"unanswerable_{split}": some for split, some in world.unanswerable.items() if some},
+    }
     documents = [Document.from_dict(document) for document in world.documents]
     text = [document for document in documents if document.metadata["split"] == "train"]
     talks = reading_conversations(world, "train", config.seed)

@@ -39,8 +39,9 @@ class Config:
 
     knowledge_base: Path
     """Directory of the knowledge base."""
-    queries: Path
-    """Questions with answers and gold documents (queries/test.jsonl)."""
+    queries: list[Path]
+    """Files of questions with answers and gold documents (queries/test.jsonl), separated by commas. Questions that the
+    knowledge base holds no answer to are asked where every system searches by itself (refrag), else left out."""
     source: str = "rag"
     """Checkpoint to evaluate: rag, mid or base."""
     model_tag: str = ""
@@ -146,13 +147,16 @@ def evaluate_searching(
     scores = multi_hop_figures(queries, answers)
     shown = [[document.id for hop in info.hops for document in hop.documents] for _, info in answers]
     cited = [split_citations(text)[1] for text, _ in answers]
-    names = [
-        [ids[n - 1] if 0 < n <= len(ids) else f"[{n}]" for n in numbers]
-        for ids, numbers in zip(shown, cited, strict=True)
+    named = [
+        (
+            [ids[n - 1] if 0 < n <= len(ids) else f"[{n}]" for n in numbers],
+            (query.get("hops") or [query])[-1]["doc_ids"],
+        )
+        for ids, numbers, query in zip(shown, cited, queries, strict=True)
+        if query["doc_ids"]
     ]
-    if any(names):
-        last = [(query.get("hops") or [query])[-1]["doc_ids"] for query in queries]
-        scores["citation_precision"], scores["citation_recall"] = citation_scores(names, last)
+    if any(names for names, _ in named):
+        scores["citation_precision"], scores["citation_recall"] = citation_scores(*zip(*named, strict=True))
     scores["seconds_per_question"] = seconds / len(queries)
     scores["prompt_tokens"] = sum(info.prompt_tokens + len(info.ids) - sum(info.mask) for _, info in answers) / len(
         queries
@@ -166,9 +170,11 @@ def main() -> None:
     if unknown := [s for s in config.systems if s.partition(":")[0] not in SYSTEMS]:
         raise UserError(f"unknown system {unknown[0]!r}: there are {', '.join(SYSTEMS)}")
     compute = compute_init(config.device, config.seed)
-    queries = [q for q in read_queries(config.queries) if q["answers"]]
+    queries = [query for path in config.queries for query in read_queries(path)]
+    if any(system.partition(":")[0] != "refrag" for system in config.systems):
+        queries = [query for query in queries if query["answers"]]
     if not queries:
-        raise UserError(f"{config.queries}: no question has an answer to compare with")
+        raise UserError(f"{', '.join(map(str, config.queries))}: no question has an answer to compare with")
     if 0 <= config.num_questions < len(queries):
         queries = random.Random(config.seed).sample(queries, config.num_questions)
     manager = RetrievalManager(config.retriever_type or None, config.knowledge_base)
@@ -202,7 +208,7 @@ def main() -> None:
                     scores[f"recall_at_{k}"] = sum(found) / len(found)
         results[system] = scores
         print0(f"{system}: EM {scores['em']:.3f}, F1 {scores['f1']:.3f}")
-    output = config.output or config.queries.parent / "eval" / f"{'-'.join(engines)}-{meta['model_tag']}"
+    output = config.output or config.queries[0].parent / "eval" / f"{'-'.join(engines)}-{meta['model_tag']}"
     table = format_table(results, len(queries), config.top_k, manager.retriever_type)
     print0("\n" + table)
     figures = {f"{s}_{k}" if not k.startswith("recall") else k: v for s, r in results.items() for k, v in r.items()}
@@ -231,10 +237,12 @@ def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retri
         "refrag": "searching",
     }
     searching = any("searches" in r for r in results.values())
+    abstaining = any("abstention_recall" in r for r in results.values())
     lines = [
         f"| {n} questions | EM | F1 | recall@{top_k} | citation P / R | prompt tokens | s / question |"
-        + (" searches | documents |" if searching else ""),
-        "|---|---|---|---|---|---|---|" + ("---|---|" if searching else ""),
+        + (" searches | documents |" if searching else "")
+        + (" abstention P / R | false refusals |" if abstaining else ""),
+        "|---|---|---|---|---|---|---|" + "---|---|" * (searching + abstaining),
     ]
     for system, r in results.items():
         kind, _, source = system.partition(":")
@@ -246,6 +254,9 @@ def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retri
         if searching:
             searches = r.get("searches", float(kind == "rag"))
             cells += [f"{searches:.2f}", f"{r.get('documents', top_k if kind == 'rag' else 0):.2f}"]
+        if abstaining:
+            cells.append(f"{r['abstention_precision']:.3f} / {r['abstention_recall']:.3f}")
+            cells.append(f"{r['false_refusal']:.3f}" if "false_refusal" in r else "-")
         lines.append(f"| {names[kind]}{f' ({source})' if source else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

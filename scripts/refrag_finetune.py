@@ -216,8 +216,7 @@ def reinforce(
 ) -> None:
     """reference: the model that the divergence is measured from, if it is."""
     config, compute = setup.config, setup.compute
-    train_queries = [query for query in train_queries if query["answers"]]
-    if not train_queries:
+    if not any(query["answers"] for query in train_queries):
         raise UserError("reinforcement needs --queries with answers; --use_rewards false leaves it out")
     rewards = Rewards(
         config.reward_answer,

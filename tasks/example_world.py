@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from nanochat.common import UserError
@@ -221,6 +222,7 @@ class World:
     triples: list[tuple[str, str, str]]  # (subject name, relation, object name or value)
     questions: dict[str, list[dict[str, Any]]]  # by split; one document answers
     multihop: dict[str, list[dict[str, Any]]]  # by split; two or three documents in a row, listed in "hops"
+    unanswerable: dict[str, list[dict[str, Any]]]  # by split; about people whom no document knows
 
 
 @dataclass
@@ -250,7 +252,7 @@ def generate_world(num_documents: int = 1000, seed: int = 0) -> World:
     rng = random.Random(seed)
     names = _Names(rng)
     counts = dict.fromkeys(KINDS, 0)
-    world = World([], [], {}, {})
+    world = World([], [], {}, {}, {})
     for split in SPLITS:
         entities = _make_entities(sizes[split], names, counts, rng)
         _relate(entities, names, rng)
@@ -270,6 +272,9 @@ def generate_world(num_documents: int = 1000, seed: int = 0) -> World:
         by_name = {entity.name: entity for entity in everyone}
         chains = [_ask_chain(entity, length, by_name, rng) for entity in everyone for length in (2, 3)]
         world.multihop[split] = [question for question in chains if question is not None]
+        asked = world.questions[split] + world.multihop[split]
+        people = [entity.name for entity in entities["person"]]
+        world.unanswerable[split] = _ask_of_nobody(asked, people, random.Random(f"{seed}/nobody/{split}"))
     return world
 
 
@@ -439,6 +444,35 @@ def _ask_chain(start: _Entity, length: int, by_name: dict[str, _Entity], rng: ra
             ],
         }
     return None
+
+
+def _ask_of_nobody(asked: list[dict[str, Any]], people: list[str], rng: random.Random) -> list[dict[str, Any]]:
+    """Questions like those asked, about people who do not exist: first and last name are of two others, so that search
+    finds both of them. As many as there are people, where that many have a question."""
+    firsts, lasts = zip(*(name.split() for name in people), strict=True)
+    taken, made = set(people), []
+    of_people = [(question, name) for question in asked if (name := _person_in(question["query"], taken))]
+    for question, name in rng.sample(of_people, min(len(people), len(of_people))):
+        for _ in range(TRIES_PER_CHAIN):
+            nobody = f"{rng.choice(firsts)} {rng.choice(lasts)}"
+            if nobody not in taken:
+                first_search = question.get("hops", [question])[0]["query"].replace(name, nobody)
+                made.append(
+                    {
+                        "id": f"{question['id']}_of_nobody",
+                        "query": question["query"].replace(name, nobody),
+                        "answers": [],
+                        "doc_ids": [],
+                        "hops": [{"query": first_search, "doc_ids": []}],
+                    }
+                )
+                break
+    return made
+
+
+def _person_in(text: str, people: set[str]) -> str:
+    words = text.replace("?", "").replace("'s", "").split()
+    return next((name for pair in pairwise(words) if (name := " ".join(pair)) in people), "")
 
 
 def reading_conversations(world: World, split: str, seed: int = 0) -> list[dict[str, Any]]:

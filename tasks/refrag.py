@@ -1,7 +1,7 @@
 """Multi-hop conversations: the assistant writes a search, reads what it finds, searches again, and answers.
 
 A query with "hops" (each with its search and its gold documents) becomes one conversation; one without is a single hop.
-Loss falls on searches and answer alone: documents are given.
+One without answers ends by abstaining. Loss falls on searches and answer alone: documents are given.
 
 Where do the searches come from (`query_source`)?
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from nanochat.common import UserError
 from nanochat.engine import Engine, Generation
-from nanochat.metrics import exact_match, f1, split_citations
+from nanochat.metrics import ABSTENTION, abstains, abstention_scores, exact_match, f1, stated_answer
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.searching import Searching
 from tasks.common import Conversation
@@ -49,8 +49,8 @@ class MultiHopRAGTask:
         document it stands in, the last hop's, "[4] 1904"."""
         if query_source not in ("gold", "expander"):
             raise UserError(f"query_source is {query_source!r} here; it must be gold or expander")
-        self.queries = [q for q in queries if q["answers"] and q["doc_ids"]]
-        if not self.queries:
+        self.queries = [q for q in queries if bool(q["answers"]) == bool(q["doc_ids"])]
+        if not any(q["answers"] for q in self.queries):
             raise UserError("none of the queries has both an answer and a gold document: nothing to train on")
         self.manager, self.top_k, self.cite, self.seed = manager, top_k_per_hop, cite, seed
         self.hops = [hops_of(q) for q in self.queries]
@@ -80,7 +80,7 @@ class MultiHopRAGTask:
             shown += ids
             documents = [document.to_dict(with_score=False) for document in self.manager.documents(ids)]
             parts += [{"type": "search", "query": hop["query"]}, {"type": "documents", "documents": documents}]
-        answer = query["answers"][0]
+        answer = query["answers"][0] if query["answers"] else ABSTENTION
         if self.cite:
             numbers = sorted(shown.index(i) + 1 for i in dict.fromkeys(self.hops[index][-1]["doc_ids"]))
             answer = " ".join([*(f"[{n}]" for n in numbers), answer])
@@ -152,21 +152,28 @@ def model_hops(
 
 
 def multi_hop_figures(queries: Sequence[dict[str, Any]], answers: Sequence[tuple[str, Generation]]) -> dict[str, float]:
-    """Means over the queries: em, f1 (of the answer without citations), evidence (share of the gold documents found),
-    searches, documents shown, and answered (ended their message)."""
-    rows = []
+    """Means over the queries: em, f1 (of the answer without citations; abstaining is right where there is no answer),
+    searches, documents shown, and answered (ended their message); over those with gold documents evidence, the share of
+    these found. With questions that have no answer also the figures of nanochat.metrics.abstention_scores."""
+    rows, evidence = [], []
     for query, (text, info) in zip(queries, answers, strict=True):
-        said = split_citations(text)[0]
+        said = stated_answer(text)
         found = {document.id for hop in info.hops for document in hop.documents}
-        gold = set(query["doc_ids"])
+        if gold := set(query["doc_ids"]):
+            evidence.append(len(gold & found) / len(gold))
         rows.append(
             {
                 "em": exact_match(said, query["answers"]),
                 "f1": f1(said, query["answers"]),
-                "evidence": len(gold & found) / len(gold) if gold else 1.0,
                 "searches": len(info.hops),
                 "documents": sum(len(hop.documents) for hop in info.hops),
                 "answered": info.finish_reason == "stop",
             }
         )
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    figures = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    if evidence:
+        figures["evidence"] = sum(evidence) / len(evidence)
+    answerable = [bool(query["answers"]) for query in queries]
+    if not all(answerable):
+        figures |= abstention_scores([abstains(text) for text, _ in answers], answerable)
+    return figures

@@ -2,8 +2,9 @@
 
     reward = 0.6 answer + 0.3 evidence + 0.1 economy - price * searches - penalty if malformed
 
-answer: F1 (or EM) with the references. evidence: share of the gold documents found. economy: share of the documents
-that could have been shown and were not; it counts only as far as the answer is right: saying nothing is no merit.
+answer: F1 (or EM) with the references; where there are none, 1 for abstaining. evidence: share of the gold documents
+found. economy: share of the documents that could have been shown and were not; it counts only as far as the answer is
+right: saying nothing is no merit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from nanochat.common import UserError
 from nanochat.engine import Generation
-from nanochat.metrics import exact_match, f1, split_citations
+from nanochat.metrics import exact_match, f1, split_citations, stated_answer
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Rewards:
     def __call__(self, query: dict[str, Any], text: str, info: Generation) -> dict[str, float]:
         """The parts, and "reward": their weighted sum."""
         said = split_citations(text)[0]
-        answer = (f1 if self.metric == "f1" else exact_match)(said, query["answers"])
+        answer = (f1 if self.metric == "f1" else exact_match)(stated_answer(text), query["answers"])
         gold = set(query["doc_ids"])
         shown = [document.id for hop in info.hops for document in hop.documents]
         evidence = len(gold.intersection(shown)) / len(gold) if gold else answer

@@ -10,6 +10,7 @@ never been killed.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.training import autocast
 
 ALGORITHMS = ("grpo", "ppo", "weighted")
+ROWS = 128  # answers that are written together, at least
 
 
 @dataclass(kw_only=True)
@@ -56,6 +58,9 @@ class Settings:
     """Weight of the entropy, as a bonus."""
     scale_advantages: bool = True
     """grpo: divide by the group's standard deviation."""
+    negative_weight: float = 1.0
+    """grpo: weight of answers worse than their group's mean. Below 1, larger steps hold: pulling a good answer up ends
+    where it is certain, pushing a bad one down ends nowhere (Arnal et al. 2025, arXiv 2506.20520)."""
     gae_lambda: float = 1.0
     """ppo: 1 takes the whole reward, 0 the critic's next value."""
     value_weight: float = 0.5
@@ -101,6 +106,7 @@ class Rollout:
 class RolloutBatch:
     """tokens (B, L); actions (B, L - 1): whether the next token is one to learn from. The others (T,), in row order."""
 
+    learned: int  # answers that losses are divided by, those that teach nothing and are not here too
     tokens: Tensor
     actions: Tensor
     advantages: Tensor
@@ -109,12 +115,9 @@ class RolloutBatch:
     values: Tensor | None = None
     targets: Tensor | None = None
 
-    @property
-    def learned(self) -> int:
-        return len(self.tokens)  # losses are sums over tokens, divided by the number of answers
-
     def to(self, device: torch.device) -> RolloutBatch:
-        return RolloutBatch(*(None if t is None else t.to(device) for t in vars(self).values()))
+        tensors = [value for name, value in vars(self).items() if name != "learned"]
+        return RolloutBatch(self.learned, *(None if t is None else t.to(device) for t in tensors))
 
 
 def look_back(
@@ -164,6 +167,7 @@ class RolloutBatches:
         self.first_row = 0
         self.figures: dict[str, float] = {}
         self._sums = {"kl": 0.0, "entropy": 0.0, "tokens": 0.0}
+        self._of_tokens: dict[str, float] = {}
         self._logging = False
 
     # --- what the training loop asks for
@@ -173,10 +177,12 @@ class RolloutBatches:
         if step // self.settings.updates != self.collected:
             self.collect(step // self.settings.updates)
         which = which or range(self.rows_per_step)
-        return self.batch(self.rollouts[which.start - self.first_row : which.stop - self.first_row])
+        return self.batch(self.rollouts[which.start - self.first_row : which.stop - self.first_row], len(which))
 
     def loss(self, model: HybridLM, batch: RolloutBatch) -> Tensor:
         s = self.settings
+        if not len(batch.tokens):  # nothing to learn: no gradient, but a loss like others
+            return 0.0 * model.norm.weight.sum()
         logp, entropy, values = look_back(model, batch.tokens, batch.actions, learn_entropy=s.entropy != 0)
         old = logp.detach() if batch.old is None else batch.old
         if s.algorithm == "weighted":
@@ -199,10 +205,11 @@ class RolloutBatches:
         """What the last step was like; stops the run if the policy has collapsed."""
         sums = dict(zip(self._sums, self._over_ranks(list(self._sums.values())), strict=True))
         self._sums = dict.fromkeys(self._sums, 0.0)
-        tokens = max(1.0, sums["tokens"])
-        figures = self.figures | {"kl": sums["kl"] / tokens, "entropy": sums["entropy"] / tokens}
+        if tokens := sums["tokens"]:  # else as in the step before
+            self._of_tokens = {"kl": sums["kl"] / tokens, "entropy": sums["entropy"] / tokens}
+        figures = self.figures | self._of_tokens
         for name, bound in (("valid", self.settings.min_valid), ("entropy", self.settings.min_entropy)):
-            if figures[name] < bound:
+            if figures.get(name, math.inf) < bound:
                 raise UserError(
                     f"the policy has collapsed: {name} is {figures[name]:.3f}, below min_{name} {bound}; stopped "
                     "before the update. Lower its learning rate (--rl_lr_frac) or raise --kl; the best checkpoint is "
@@ -227,20 +234,22 @@ class RolloutBatches:
                 sampling = Sampling(max_tokens=self.max_tokens, temperature=1.0, seed=number)
                 requests.append(Request(prompt, sampling, self.tokenizer, self.searching))
         with torch.inference_mode(), autocast(self.model.device, self.dtype):
-            Engine(self.model, self.tokenizer).run(requests, max(32, self.micro_batch))
+            Engine(self.model, self.tokenizer).run(requests, max(ROWS, self.micro_batch))
         self.rollouts = []
         for at, request in enumerate(requests):
             info, query = Generation.of(request), asked[at // s.group_size]
             text = request.answer
             self.rollouts.append(Rollout(query, request.prompt, text, info, self.rewards(query, text, info)))
         self.judge()
+        self._count()
+        if self.log is not None and compute.is_main:
+            self._write_log(iteration)
+        # answers as good as all others to their question teach nothing: they are not read again
+        self.rollouts = [r for r in self.rollouts if s.algorithm == "ppo" or bool(r.advantages.any())]
         self.rollouts.sort(key=lambda r: len(r.prompt) + len(r.info.ids))  # so that little of a batch is padding
         self.look_back()
         self.model.train()
         self.collected = iteration
-        self._count()
-        if self.log is not None and compute.is_main:
-            self._write_log(iteration)
 
     def _questions(self, iteration: int, places: range) -> list[dict[str, Any]]:
         chosen = []
@@ -287,6 +296,7 @@ class RolloutBatches:
         rewards = torch.tensor([rollout.reward for rollout in self.rollouts])
         if s.algorithm == "grpo":
             rewards = group_advantages(rewards.view(-1, s.group_size), s.scale_advantages).flatten()
+            rewards = torch.where(rewards < 0, s.negative_weight * rewards, rewards)
         else:
             rewards = rewards.clamp_min(0.0)
         for rollout, worth in zip(self.rollouts, rewards.tolist(), strict=True):
@@ -295,7 +305,7 @@ class RolloutBatches:
     def _tokens(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
         """tokens (B, L) and actions (B, L - 1)."""
         rows = [rollout.prompt + rollout.info.ids + self._ending(rollout) for rollout in rollouts]
-        longest = max(map(len, rows))
+        longest = max(map(len, rows), default=1)
         tokens = torch.zeros(len(rows), longest, dtype=torch.long)
         actions = torch.zeros(len(rows), longest, dtype=torch.bool)
         for at, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
@@ -314,13 +324,13 @@ class RolloutBatches:
         ended = rollout.info.finish_reason == "stop"
         return [self.tokenizer.special_id("<|assistant_end|>")] if ended else []
 
-    def batch(self, rollouts: Sequence[Rollout]) -> RolloutBatch:
+    def batch(self, rollouts: Sequence[Rollout], learned: int | None = None) -> RolloutBatch:
         tokens, actions = self._tokens(rollouts)
         flat: dict[str, Tensor | None] = {}
         for name in ("old", "advantages", "reference", "values", "targets"):
-            parts = [getattr(rollout, name) for rollout in rollouts]
-            flat[name] = torch.cat(parts) if parts[0] is not None else None
-        return RolloutBatch(tokens, actions, **flat)
+            parts = [part for rollout in rollouts if (part := getattr(rollout, name)) is not None]
+            flat[name] = torch.cat(parts) if parts else None
+        return RolloutBatch(len(rollouts) if learned is None else learned, tokens, actions, **flat)
 
     # --- what it was like
 

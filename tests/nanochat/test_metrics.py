@@ -10,6 +10,9 @@ import string
 import pytest
 
 from nanochat.metrics import (
+    ABSTENTION,
+    abstains,
+    abstention_scores,
     citation_scores,
     exact_match,
     f1,
@@ -19,6 +22,7 @@ from nanochat.metrics import (
     recall_at_k,
     reciprocal_rank,
     split_citations,
+    stated_answer,
 )
 
 
@@ -161,3 +165,16 @@ def test_citation_scores_by_hand() -> None:
     assert recall == pytest.approx((1 + 0 + 1 / 2 + 0) / 4)
     assert citation_scores([[], []], [["a"], ["b"]]) == (0, 0)
     assert citation_scores([["a", "a"]], [["a"]]) == (1, 1)
+
+
+def test_abstaining_is_saying_nothing() -> None:
+    assert abstains(ABSTENTION) and abstains("[3] the documents do not say") and stated_answer(ABSTENTION) == ""
+    assert not abstains("") and not abstains("The documents do not say who.") and stated_answer("[1] 1904") == "1904"
+    assert exact_match(stated_answer(ABSTENTION), []) == 1 and exact_match(stated_answer(ABSTENTION), ["x"]) == 0
+
+
+def test_abstention_scores_by_hand() -> None:
+    scores = abstention_scores([True, True, False, True, False], [False, False, False, True, True])
+    assert scores == {"abstention_precision": 2 / 3, "abstention_recall": 2 / 3, "false_refusal": 1 / 2}
+    assert abstention_scores([False], [False]) == {"abstention_precision": 0, "abstention_recall": 0}
+    assert abstention_scores([False, True], [True, True]) == {"false_refusal": 0.5}

@@ -178,6 +178,18 @@ def relations_of(text: str, count: int) -> list[str]:
     return [first, *relations_of(text.removeprefix(first + "_"), count - 1)]
 
 
+def test_questions_without_an_answer_are_about_nobody(world: World) -> None:
+    people = {document["title"] for document in world.documents if document["metadata"]["kind"] == "person"}
+    words = {word for name in people for word in name.split()}
+    assert world.unanswerable["train"]  # a split of very few has no pair to make a name of
+    for questions in world.unanswerable.values():
+        for question in questions:
+            assert question["answers"] == question["doc_ids"] == question["hops"][0]["doc_ids"] == []
+            for text in (question["query"], question["hops"][0]["query"]):
+                named = [word for word in text.replace("?", "").replace("'s", "").split() if word in words]
+                assert len(named) == 2 and " ".join(named) not in people and " ".join(named) in text
+
+
 def test_question_ids_and_texts_are_unique(world: World) -> None:
     questions = [q for split in SPLITS for q in world.questions[split] + world.multihop[split]]
     assert len({question["id"] for question in questions}) == len(questions)
@@ -207,7 +219,7 @@ def test_guessing_what_was_most_frequent_in_training_fails() -> None:
 
 
 def digest(world: World) -> str:
-    content = [world.documents, world.triples, world.questions, world.multihop]
+    content = [world.documents, world.triples, world.questions, world.multihop, world.unanswerable]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

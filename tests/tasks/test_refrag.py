@@ -7,6 +7,7 @@ import pytest
 from nanochat.common import UserError
 from nanochat.conversation import render, validate
 from nanochat.engine import Generation
+from nanochat.metrics import ABSTENTION
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.rl.rewards import Rewards
 from nanochat.searching import Hop
@@ -120,6 +121,16 @@ def test_bad_queries(manager):
         MultiHopRAGTask([{**QUERIES[0], "hops": [{"query": "x", "doc_ids": ["nobody"]}]}], manager)
     with pytest.raises(UserError, match="nothing to train on"):
         MultiHopRAGTask([{**QUERIES[0], "answers": []}], manager)
+    with pytest.raises(UserError, match="nothing to train on"):
+        MultiHopRAGTask(WORLD.unanswerable["train"], manager)
+
+
+def test_without_an_answer_it_is_taught_to_abstain(manager):
+    query = WORLD.unanswerable["train"][0]
+    task = MultiHopRAGTask([QUERIES[0], query], manager, 2)
+    search, found, answer = parts_of(task[1])
+    assert search["query"] == query["hops"][0]["query"] and answer["text"] == ABSTENTION
+    assert len(found["documents"]) == 2  # those that search finds for it, none of them right
 
 
 # --- scores and rewards
@@ -139,6 +150,18 @@ def test_figures():
     assert figures["em"] == pytest.approx(1 / 3) and figures["f1"] == pytest.approx((1 + 2 / 3) / 3)
     assert figures["evidence"] == pytest.approx(0.5) and figures["searches"] == pytest.approx(2 / 3)
     assert figures["documents"] == pytest.approx(4 / 3) and figures["answered"] == pytest.approx(2 / 3)
+
+
+def test_figures_of_abstaining():
+    nobody = {"query": "?", "answers": [], "doc_ids": []}
+    answers = [(ABSTENTION, generation([A, B])), (ABSTENTION, generation([C])), ("[1] old town", generation([C]))]
+    figures = multi_hop_figures([QUERY, nobody, nobody], answers)
+    assert figures["em"] == pytest.approx(1 / 3) and figures["evidence"] == 1  # of the one with gold documents
+    assert figures["abstention_precision"] == figures["abstention_recall"] == 0.5 and figures["false_refusal"] == 1
+    rewards = Rewards(most_documents=4)
+    assert rewards(nobody, ABSTENTION, generation([A]))["reward"] == pytest.approx(0.6 + 0.3 + 0.1 * 0.75)
+    assert rewards(nobody, "old town", generation([A]))["reward"] == 0
+    assert rewards(QUERY, ABSTENTION, generation([A, B]))["reward"] == pytest.approx(0.3)
 
 
 def test_rewards():

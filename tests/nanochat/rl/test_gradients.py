@@ -218,6 +218,42 @@ def test_clipping_and_divergence():
     assert float(value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0]), 0.0)) == pytest.approx(0.5)
 
 
+def test_answers_that_teach_nothing_are_left_out(model):
+    """Same gradient as with them; a step of nothing else has none."""
+    rollouts = drawn(model, 6, seed=3)
+    for rollout, reward in zip(rollouts, (1.0, 1.0, 0.0, 1.0, 0.5, 0.5), strict=True):
+        rollout.parts = {"reward": reward}
+    gradients = []
+    for left_out in (False, True):
+        made = batches(model, algorithm="grpo", group_size=2)
+        made.rollouts = rollouts
+        made.judge()
+        some = [r for r in rollouts if not left_out or r.advantages.any()]
+        assert len(some) == (2 if left_out else 6)
+        model.zero_grad()
+        (made.loss(model, made.batch(some, 6)) / 6).backward()
+        gradients.append(flat(model))
+    torch.testing.assert_close(*gradients)
+    nothing = made.batch([], 6)
+    assert nothing.learned == 6
+    loss = made.loss(model, nothing)
+    loss.backward()
+    assert loss.item() == 0
+    made.figures = {"valid": 1.0}
+    made.step_figures()  # no entropy of no token
+
+
+def test_bad_answers_may_weigh_less(model):
+    rollouts = drawn(model, 2, seed=3)
+    rollouts[0].parts, rollouts[1].parts = {"reward": 1.0}, {"reward": 0.0}
+    for weight in (1.0, 0.25, 0.0):
+        made = batches(model, algorithm="grpo", group_size=2, negative_weight=weight)
+        made.rollouts = rollouts
+        made.judge()
+        assert rollouts[0].advantages[0].item() == pytest.approx(1, abs=1e-3)
+        assert rollouts[1].advantages[0].item() == pytest.approx(-weight, abs=1e-3)
+
+
 def test_a_collapsed_policy_stops_the_run(model):
     made = batches(model, min_valid=0.4, min_entropy=0.1)
     made.figures = {"valid": 0.9, "reward": 0.5}
