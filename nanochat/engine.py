@@ -103,6 +103,7 @@ class Batch:
         self.waiting.append(request)
         return request
 
+    @torch.inference_mode()
     def drop(self, request: Request) -> None:
         """Give a request up, wherever it is."""
         for at, (requests, cache) in enumerate(self.searching):
@@ -114,8 +115,7 @@ class Batch:
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.running:
-            keep = [i for i, other in enumerate(self.running) if other is not request]
-            self._keep(keep)
+            self._leave([self.running.index(request)])
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
@@ -153,27 +153,29 @@ class Batch:
         waiting = [i for i, request in enumerate(rows) if request.waiting and not request.finish_reason]
         if waiting:
             self.searching.append(([rows[i] for i in waiting], self._cache.select(self._index(waiting))))
-        self._keep([i for i, request in enumerate(rows) if not (request.finish_reason or request.waiting)])
+        self._leave([i for i, request in enumerate(rows) if request.finish_reason or request.waiting])
         return rows
 
     def _index(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.engine.model.device)
 
-    def _keep(self, rows: list[int]) -> None:
-        """Let the other rows leave; what they have read is kept for a prompt that goes on from there."""
-        if len(rows) == len(self.running):
+    def _leave(self, rows: list[int]) -> None:
+        """Let these rows go; what they have read is kept for a prompt that goes on from there."""
+        if not rows:
             return
         if self.engine.prefixes is not None and self._cache is not None:
-            for row in set(range(len(self.running))) - set(rows):
+            for row in rows:
                 request, length = self.running[row], int(self._cache.lengths[row])
                 if request.waiting:
                     continue
                 state = self._cache.select(self._index([row]))
                 self.engine.prefixes.put((request.prompt + request.ids)[:length], state)
-        index = self._index(rows)
-        self.running = [self.running[row] for row in rows]
-        self._cache = self._cache.select(index) if rows else None
-        self._last = self._last[index] if rows else None
+        if len(rows) == len(self.running):
+            self.running, self._cache, self._last = [], None, None
+            return
+        order = self._cache.drop(rows)
+        self.running = [self.running[row] for row in order]
+        self._last = self._last[self._index(order)]
 
 
 class Engine:

@@ -40,6 +40,12 @@ def _grown(old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
     return grown
 
 
+def _closed(t: Tensor, holes: list[int], movers: list[int]) -> Tensor:
+    if holes:
+        t[holes] = t[movers]
+    return t
+
+
 @dataclass
 class MambaState:
     """conv (B, d_conv - 1, channels): the last inputs of the convolution; ssm (B, H, P, N): the scan's state."""
@@ -75,6 +81,24 @@ class Cache:
                 held = (None if t is None else t[rows] for t in held)
             new.layers.append(type(layer)(*held))
         return new
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Let these rows go, in place: rows from the end take theirs, so that as much is copied as leaves, where select
+        copies all that stays. Returns the rows that are left, in their new order."""
+        gone, B = set(rows), len(self.lengths)
+        left = B - len(gone)
+        holes = sorted(row for row in gone if row < left)
+        movers = [row for row in range(left, B) if row not in gone]
+        for layer in self.layers:
+            for name, t in vars(layer).items():
+                if t is not None:
+                    setattr(layer, name, _closed(t, holes, movers)[:left])
+        self.lengths = _closed(self.lengths, holes, movers)[:left]
+        self.max_length = int(self.lengths.max()) if left else 0
+        order = list(range(left))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        return order
 
     def fork(self, times: int = 1) -> Cache:
         """A cache of `times` copies of this one's only row: what follows may differ in each."""

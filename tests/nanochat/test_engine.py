@@ -179,10 +179,12 @@ def test_engine_needs_only_a_model_and_a_tokenizer(small_tokenizer):
         device = torch.device("cpu")
 
         def new_cache(self, batch_size):
-            return SimpleNamespace(lengths=torch.zeros(batch_size, dtype=torch.long), select=self.select)
+            return SimpleNamespace(lengths=torch.zeros(batch_size, dtype=torch.long), drop=self.drop)
 
-        def select(self, rows):
-            return SimpleNamespace(lengths=self.cache.lengths[rows], select=self.select)
+        def drop(self, rows):
+            left = [row for row in range(len(self.cache.lengths)) if row not in rows]
+            self.cache.lengths = self.cache.lengths[left]
+            return left
 
         def forward(self, tokens, cache, valid=None, last_only=True):
             cache.lengths = cache.lengths + (tokens.shape[1] if valid is None else valid)

@@ -58,6 +58,22 @@ def test_joined_rows_of_different_length_go_on_as_alone(pattern, make_model):
     assert picked.nbytes < batch.nbytes
 
 
+@pytest.mark.parametrize("pattern", ["MT", "TT", "MM"])
+@pytest.mark.parametrize("gone", [[1], [4], [0, 2], [3, 0, 1], [0, 1, 2, 3]])
+def test_rows_that_leave_do_not_touch_the_others(pattern, gone, make_model):
+    model = make_model(60, pattern).eval()
+    prompts = [[5] * 3, list(range(59)) * 2, [9, 8, 7, 6], [1] * 70, [3, 2]]
+    batch = Cache.join([read(model, p) for p in prompts])
+    order = batch.drop(gone)
+    assert sorted([*order, *gone]) == [0, 1, 2, 3, 4] and batch.lengths.tolist() == [len(prompts[row]) for row in order]
+    for step in range(3):
+        tokens = [step + row for row in order]
+        made = after(model, batch, tokens)
+        for row, token, logits in zip(order, tokens, made, strict=True):
+            prompts[row] = [*prompts[row], token]
+            assert torch.allclose(logits, alone(model, prompts[row]), atol=1e-5)
+
+
 def test_attention_can_go_back_and_a_mamba_state_cannot(make_model):
     model = make_model(60, "TT").eval()
     cache = read(model, list(range(40)))
