@@ -70,24 +70,35 @@ def sample(
                 logits[row, at] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
     chosen = logits.argmax(-1)
     drawn = [row for row, s in enumerate(settings) if s.temperature > 0]
-    if not drawn:
-        return chosen
+    plain = [row for row in drawn if not settings[row].top_k and settings[row].top_p == 1 and settings[row].min_p == 0]
+    cut = [row for row in drawn if row not in plain]
+    V = logits.shape[-1]
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=logits.device, dtype=torch.float64).unsqueeze(-1)
 
-    rows = [settings[row] for row in drawn]
-    V = logits.shape[-1]
-    at = torch.tensor(drawn, device=logits.device)
-    ranked, order = (logits[at].double() / column([s.temperature for s in rows])).sort(descending=True, stable=True)
-    within_k = torch.arange(V, device=logits.device) < column([s.top_k or V for s in rows])
-    p = ranked.masked_fill(~within_k, -torch.inf).softmax(-1)
-    # the first token whose predecessors reach top_p is out; the likeliest one always stays
-    keep = (p.cumsum(-1) - p < column([s.top_p for s in rows])) & (p >= column([s.min_p for s in rows]) * p[:, :1])
-    cumulative = (p * keep).cumsum(-1)
-    rank = (cumulative <= column([draws[row] for row in drawn]) * cumulative[:, -1:]).sum(-1).clamp_max(V - 1)
-    chosen[at] = order.gather(1, rank.unsqueeze(-1)).squeeze(-1)
+    def scaled(rows: Sequence[int]) -> Tensor:
+        at = torch.tensor(rows, device=logits.device)
+        return logits[at].double() / column([settings[row].temperature for row in rows])
+
+    if plain:  # no need to sort, which takes as long as a small model's step
+        chosen[plain] = _drawn(scaled(plain).softmax(-1), column([draws[row] for row in plain]))
+    if cut:
+        rows = [settings[row] for row in cut]
+        ranked, order = scaled(cut).sort(descending=True, stable=True)
+        within_k = torch.arange(V, device=logits.device) < column([s.top_k or V for s in rows])
+        p = ranked.masked_fill(~within_k, -torch.inf).softmax(-1)
+        # the first token whose predecessors reach top_p is out; the likeliest one always stays
+        keep = (p.cumsum(-1) - p < column([s.top_p for s in rows])) & (p >= column([s.min_p for s in rows]) * p[:, :1])
+        rank = _drawn(p * keep, column([draws[row] for row in cut]))
+        chosen[cut] = order.gather(1, rank.unsqueeze(-1)).squeeze(-1)
     return chosen
+
+
+def _drawn(weights: Tensor, where: Tensor) -> Tensor:
+    """(B,) columns of weights (B, V), each as likely as its weight; where (B, 1) in [0, 1) picks it."""
+    cumulative = weights.cumsum(-1)
+    return (cumulative <= where * cumulative[:, -1:]).sum(-1).clamp_max(weights.shape[-1] - 1)
 
 
 class TextStream:

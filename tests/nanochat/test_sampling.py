@@ -65,7 +65,7 @@ def test_every_row_has_its_own_settings():
     draws = [0.0, 0.999, 0.999]
     together = sample(LOGITS.expand(3, 5), rows, draws)
     alone = [sample(LOGITS[None], [s], [d]).item() for s, d in zip(rows, draws, strict=True)]
-    assert together.tolist() == alone == [0, 1, 3]
+    assert together.tolist() == alone == [0, 1, 4]  # the last token of all, where nothing was cut and sorted
 
 
 @pytest.mark.parametrize(
