@@ -188,21 +188,22 @@ class Engine:
         self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
 
     def prefill(self, requests: Sequence[Request]) -> list[tuple[Cache, Tensor]]:
-        """Read the prompts. Caches and the logits (rows, V) after them, in the requests' order: all in one, or with
-        reuse of prefixes one by one."""
+        """Read the prompts, and what an answer that branched off has of another. Caches and the logits (rows, V) after
+        them, in the requests' order: all in one, or with reuse of prefixes one by one."""
         self.model.eval()
         if self.prefixes is None:
             cache = self.model.new_cache(len(requests))
-            return [(cache, self._read(cache, [r.prompt for r in requests]))]
+            return [(cache, self._read(cache, [r.prompt + r.ids for r in requests]))]
         parts = []
         for request in requests:
-            request.reused_tokens, cache = self.prefixes.longest(request.prompt) or (0, self.model.new_cache(1))
+            prompt = request.prompt + request.ids
+            request.reused_tokens, cache = self.prefixes.longest(prompt) or (0, self.model.new_cache(1))
             # the documents are what the next question will share
-            shared = self._end_of_documents(request.prompt)
-            if request.reused_tokens < shared < len(request.prompt):
-                self._read(cache, [request.prompt[request.reused_tokens : shared]])
-                self.prefixes.put(request.prompt[:shared], cache)
-            parts.append((cache, self._read(cache, [request.prompt[int(cache.lengths[0]) :]])))
+            shared = self._end_of_documents(prompt)
+            if request.reused_tokens < shared < len(prompt):
+                self._read(cache, [prompt[request.reused_tokens : shared]])
+                self.prefixes.put(prompt[:shared], cache)
+            parts.append((cache, self._read(cache, [prompt[int(cache.lengths[0]) :]])))
         return parts
 
     def resume(self, groups: Sequence[tuple[list[Request], Cache]]) -> tuple[Cache, Tensor]:
@@ -269,7 +270,7 @@ class Engine:
     def run(self, requests: Sequence[Request], batch_size: int = 32) -> None:
         """All of them to their ends. Prompts of similar length are read together."""
         batch = Batch(self, batch_size, join_at=max(1, batch_size // 2))
-        for request in sorted(requests, key=lambda r: len(r.prompt)):
+        for request in sorted(requests, key=lambda r: len(r.prompt) + len(r.ids)):
             batch.add(request)
         while batch.step():
             pass

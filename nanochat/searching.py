@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from nanochat.common import UserError
@@ -86,6 +86,7 @@ class Request:
         self.hops: list[Hop] = []
         self.waiting = False  # for the documents of its last hop
         self._written = 0
+        self._shown_before, self._documents_before = tuple(shown), documents_before
         self._shown, self._number = set(shown), documents_before
         self._opened: int | None = None  # where a search began that is not closed yet
         self._random = random.Random(sampling.seed)
@@ -104,6 +105,17 @@ class Request:
         """prompt: the conversation rendered."""
         shown = [document["id"] for document in block_documents(conversation) if "id" in document]
         return cls(prompt, sampling, tokenizer, searching, shown, count_documents(conversation))
+
+    def branch(self, hops: int, sampling: Sampling) -> Request:
+        """Another answer that begins with this one's first so many searches and what they found."""
+        new = Request(self.prompt, sampling, self.tokenizer, self.searching, self._shown_before, self._documents_before)
+        end = self.hops[hops - 1].end if hops else 0
+        new.ids, new.mask, new.hops = self.ids[:end], self.mask[:end], [replace(hop) for hop in self.hops[:hops]]
+        shown = [document.id for hop in new.hops for document in hop.documents]
+        new._shown.update(shown)
+        new._number += len(shown)
+        new._written = sum(new.mask)
+        return new
 
     @property
     def forbidden(self) -> list[int]:

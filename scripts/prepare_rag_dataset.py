@@ -6,11 +6,11 @@
     python -m scripts.prepare_rag_dataset --mode hotpotqa --input hotpot_dev_distractor_v1.json --output data/hotpotqa
 
 example (see tasks/example_world.py), squad and hotpotqa write documents.jsonl, queries/{train,val,test}.jsonl and
-knowledge_base/ under --output. example also writes queries/multihop_{train,val,test}.jsonl; graph.txt, a line of
-subject|relation|object for each fact; text/train.jsonl, the training documents alone, for pretraining; and
-conversations/train.jsonl, talks about a passage in the message, for chat fine-tuning. squad also writes
-test_knowledge_base/, with the test passages alone, on which retrieval is measured. build writes the knowledge base
-itself to --output.
+knowledge_base/ under --output. example also writes queries/multihop_{train,val,test}.jsonl and, about people who do
+not exist, queries/unanswerable_{train,val,test}.jsonl; graph.txt, a line of subject|relation|object for each fact;
+text/train.jsonl, the training documents alone, for pretraining; and conversations/train.jsonl, talks about a passage
+in the message, for chat fine-tuning. squad also writes test_knowledge_base/, with the test passages alone, on which
+retrieval is measured. build writes the knowledge base itself to --output.
 
 All input is read and checked before anything is written. The knowledge base is written first, and a new --output
 appears when it is whole.

@@ -61,6 +61,9 @@ class Settings:
     negative_weight: float = 1.0
     """grpo: weight of answers worse than their group's mean. Below 1, larger steps hold: pulling a good answer up ends
     where it is certain, pushing a bad one down ends nowhere (Arnal et al. 2025, arXiv 2506.20520)."""
+    branch: bool = False
+    """grpo: each group goes on from a point of an answer drawn before, its beginning or behind one of its searches, and
+    learns what is written up to the next search: what came before is the same for all and judged by its own groups."""
     gae_lambda: float = 1.0
     """ppo: 1 takes the whole reward, 0 the critic's next value."""
     value_weight: float = 0.5
@@ -77,6 +80,8 @@ class Settings:
             raise UserError(f"algorithm is {self.algorithm!r}; it must be one of {', '.join(ALGORITHMS)}")
         if self.algorithm == "grpo" and self.group_size < 2:
             raise UserError(f"group_size is {self.group_size}; grpo compares at least 2 answers to a question")
+        if self.branch and self.algorithm != "grpo":
+            raise UserError(f"branch compares answers that go on from one point, which {self.algorithm} does not")
         for name in ("group_size", "queries_per_step", "updates"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -91,6 +96,8 @@ class Rollout:
     text: str
     info: Generation
     parts: dict[str, float]
+    begun: int = 0  # tokens of the answer that were there when its group branched off
+    weight: float = 1.0
     advantages: Tensor | None = None  # (T_i,), as are the others
     old: Tensor | None = None  # log-probabilities when it was written
     reference: Tensor | None = None
@@ -225,21 +232,27 @@ class RolloutBatches:
         own = range(compute.rank * share, (compute.rank + 1) * share)
         self.first_row = own.start * s.group_size
         asked = self._questions(iteration, own)
-        requests = []
-        for place, query in zip(own, asked, strict=True):
-            conversation = {"messages": [{"role": "user", "content": query["query"]}]}
-            prompt = render_prompt(conversation, self.tokenizer)
-            for copy in range(s.group_size):
-                number = random.Random(f"{self.seed}/{iteration}/{place}/{copy}").getrandbits(48)
-                sampling = Sampling(max_tokens=self.max_tokens, temperature=1.0, seed=number)
-                requests.append(Request(prompt, sampling, self.tokenizer, self.searching))
-        with torch.inference_mode(), autocast(self.model.device, self.dtype):
-            Engine(self.model, self.tokenizer).run(requests, max(ROWS, self.micro_batch))
+        requests = [self._request(query, f"{iteration}/{place}") for place, query in zip(own, asked, strict=True)]
+        weights = [1.0] * len(requests)
+        points = [0] * len(requests)
+        if s.branch:
+            self._write(requests)
+            for at, (place, request) in enumerate(zip(own, requests, strict=True)):
+                # each point is as likely, so that of a long answer stands for more
+                weights[at] = len(request.hops) + 1
+                points[at] = random.Random(f"{self.seed}/{iteration}/{place}").randrange(len(request.hops) + 1)
+        groups = [
+            request.branch(point, self._sampling(f"{iteration}/{place}/{copy}"))
+            for place, request, point in zip(own, requests, points, strict=True)
+            for copy in range(s.group_size)
+        ]
+        begun = [len(request.ids) for request in groups]
+        self._write(groups)
         self.rollouts = []
-        for at, request in enumerate(requests):
-            info, query = Generation.of(request), asked[at // s.group_size]
-            text = request.answer
-            self.rollouts.append(Rollout(query, request.prompt, text, info, self.rewards(query, text, info)))
+        for at, request in enumerate(groups):
+            info, query, text = Generation.of(request), asked[at // s.group_size], request.answer
+            parts, weight = self.rewards(query, text, info), weights[at // s.group_size]
+            self.rollouts.append(Rollout(query, request.prompt, text, info, parts, begun[at], weight))
         self.judge()
         self._count()
         if self.log is not None and compute.is_main:
@@ -250,6 +263,18 @@ class RolloutBatches:
         self.look_back()
         self.model.train()
         self.collected = iteration
+
+    def _request(self, query: dict[str, Any], seed: str) -> Request:
+        prompt = render_prompt({"messages": [{"role": "user", "content": query["query"]}]}, self.tokenizer)
+        return Request(prompt, self._sampling(seed), self.tokenizer, self.searching)
+
+    def _sampling(self, seed: str) -> Sampling:
+        number = random.Random(f"{self.seed}/{seed}").getrandbits(48)
+        return Sampling(max_tokens=self.max_tokens, temperature=1.0, seed=number)
+
+    def _write(self, requests: Sequence[Request]) -> None:
+        with torch.inference_mode(), autocast(self.model.device, self.dtype):
+            Engine(self.model, self.tokenizer).run(requests, max(ROWS, self.micro_batch))
 
     def _questions(self, iteration: int, places: range) -> list[dict[str, Any]]:
         chosen = []
@@ -291,7 +316,7 @@ class RolloutBatches:
             rollout.advantages = (rollout.advantages - together.mean()) / (together.std(unbiased=False) + 1e-4)
 
     def judge(self) -> None:
-        """One advantage for all tokens of an answer, from the rewards; the answers to a question stand together."""
+        """One advantage for all tokens that an answer learns, from the rewards; those of a group stand together."""
         s = self.settings
         rewards = torch.tensor([rollout.reward for rollout in self.rollouts])
         if s.algorithm == "grpo":
@@ -300,7 +325,7 @@ class RolloutBatches:
         else:
             rewards = rewards.clamp_min(0.0)
         for rollout, worth in zip(self.rollouts, rewards.tolist(), strict=True):
-            rollout.advantages = torch.full((sum(self._taken(rollout)),), worth)
+            rollout.advantages = torch.full((sum(self._taken(rollout)),), worth * rollout.weight)
 
     def _tokens(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
         """tokens (B, L) and actions (B, L - 1)."""
@@ -315,9 +340,14 @@ class RolloutBatches:
         return tokens, actions[:, 1:]
 
     def _taken(self, rollout: Rollout) -> list[int]:
-        """1 for each token behind the prompt that is an action."""
+        """1 for each token behind the prompt that is an action to learn from."""
         written = rollout.info.mask if self.settings.mask_retrieved else [1] * len(rollout.info.ids)
-        return [*written, *[1] * len(self._ending(rollout))]
+        taken = [*written, *[1] * len(self._ending(rollout))]
+        if self.settings.branch:
+            ends = (hop.end for hop in rollout.info.hops if hop.start >= rollout.begun)
+            end = next(ends, 0) or len(taken)  # what the next search found ends there; without one, the answer
+            taken = [int(one and rollout.begun <= at < end) for at, one in enumerate(taken)]
+        return taken
 
     def _ending(self, rollout: Rollout) -> list[int]:
         """The end of the message is an action like others, where the model took it."""

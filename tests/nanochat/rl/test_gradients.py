@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from nanochat.engine import Generation
 from nanochat.rl.grpo import clipped_loss, group_advantages, kl_estimate
 from nanochat.rl.ppo import gae, value_loss
 from nanochat.rl.rollout import Rollout, RolloutBatches, Settings, look_back
+from nanochat.searching import Hop
 
 START, END, LETTERS, LENGTH = 5, 4, range(4), 3
 
@@ -88,10 +91,11 @@ def flat(model) -> torch.Tensor:
 
 
 @torch.no_grad()
-def drawn(model, count: int, seed: int) -> list[Rollout]:
+def drawn(model, count: int, seed: int, prefix: tuple[int, ...] = ()) -> list[Rollout]:
+    """Answers that begin with the prefix."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.full((count, 1), START)
-    for _ in range(LENGTH):
+    tokens = torch.tensor([[START, *prefix]]).expand(count, -1)
+    for _ in range(LENGTH - len(prefix)):
         logits = model.lm_head(model(tokens, states=True)[:, -1]).float()
         tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
     rollouts = []
@@ -141,6 +145,46 @@ def test_mean_gradient_is_that_of_the_expected_reward(model, settings, least):
     model.zero_grad()
     made.loss(model, made.batch(made.rollouts)).backward()
     assert torch.nn.functional.cosine_similarity(exact, -flat(model), dim=0) < 0.8
+
+
+def branched(model, trunks: int, group_size: int) -> list[Rollout]:
+    """Groups from points of answers drawn before: their beginning, or behind one of their searches (the letter 3)."""
+    chosen: dict[tuple[int, ...], list[int]] = {}
+    draw = random.Random(0)
+    for trunk in drawn(model, trunks, seed=4):
+        points = [0, *(hop.end for hop in searches(trunk.info.ids))]
+        chosen.setdefault(tuple(trunk.info.ids[: draw.choice(points)]), []).append(len(points))
+    groups = []
+    for number, (prefix, weights) in enumerate(chosen.items()):
+        answers = drawn(model, len(weights) * group_size, 10 + number, prefix)
+        for at, answer in enumerate(answers):
+            answer.info.hops = searches(answer.info.ids)
+            answer.begun, answer.weight = len(prefix), weights[at // group_size]
+        groups += answers
+    return groups
+
+
+def searches(letters: Sequence[int]) -> list[Hop]:
+    return [Hop("", at, end=at + 1) for at, letter in enumerate(letters[: LENGTH - 1]) if letter == 3]
+
+
+def test_groups_that_branch_off_have_the_same_mean_gradient(model):
+    forbid_start(model)
+    exact = exact_gradient(model)
+    made = batches(model, algorithm="grpo", group_size=8, scale_advantages=False, branch=True)
+    made.rollouts = branched(model, 4096, 8)
+    assert {rollout.begun for rollout in made.rollouts} == {0, 1, 2}
+    made.judge()
+    made.look_back()
+    model.zero_grad()
+    made.loss(model, made.batch(made.rollouts)).backward()
+    assert torch.nn.functional.cosine_similarity(exact, -flat(model), dim=0) > 0.99
+    for rollout in made.rollouts:  # without the weights, long answers count for less
+        rollout.weight = 1.0 if rollout.weight == 1 else 0.0
+    made.judge()
+    model.zero_grad()
+    made.loss(model, made.batch(made.rollouts)).backward()
+    assert torch.nn.functional.cosine_similarity(exact, -flat(model), dim=0) < 0.98
 
 
 def test_what_was_found_is_no_action(model):
@@ -272,6 +316,7 @@ def test_bad_settings():
         ({"algorithm": "reinforce"}, "grpo, ppo, weighted"),
         ({"group_size": 1}, "at least 2"),
         ({"queries_per_step": 0}, "queries_per_step"),
+        ({"branch": True, "algorithm": "ppo"}, "which ppo does not"),
     ):
         with pytest.raises(UserError, match=reason):
             Settings(**wrong)
