@@ -42,7 +42,7 @@ from nanochat.retrieval.document import Document
 from nanochat.retrieval.encoding import EncodedOnce
 from nanochat.retrieval.retriever import Retriever
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KEPT_VERSIONS = 2
 _VERSION_NAME = re.compile(r"v\d{4,}")
 _BUILDING = ".building-"

@@ -30,7 +30,7 @@ def _numba_is_there() -> bool:
 
 class Terms:
     """Where the terms of words lie, looked up once: a word has a number, and for each segment the arrays below say
-    which postings have that number. Belongs to one collection."""
+    which postings have that number (spans: first and last posting, first and last run). Belongs to one collection."""
 
     def __init__(self, retriever: LexicalRetriever, collection: Collection):
         self.collection, self.retriever = collection, retriever
@@ -44,8 +44,7 @@ class Terms:
         self.idf: list[float] = []
         self.order: list[tuple[float, int]] = []  # rare terms first, the same whatever the segments are
         room = 1024
-        self.starts = [np.zeros(room, dtype=np.int64) for _ in self.parts]
-        self.ends = [np.zeros(room, dtype=np.int64) for _ in self.parts]
+        self.spans = [np.zeros((room, 4), dtype=np.int64) for _ in self.parts]
         self.bounds = [np.zeros(room) for _ in self.parts]
         self.weights = retriever.posting_weights(self)
         self.lock = threading.Lock()
@@ -71,14 +70,13 @@ class Terms:
 
     def _look_up(self, term: str) -> int:
         number, hashed = len(self.idf), np.array([hash64(term)], dtype=np.uint64)
-        if self.starts and number == len(self.starts[0]):
-            for arrays in (self.starts, self.ends, self.bounds):
+        if self.spans and number == len(self.spans[0]):
+            for arrays in (self.spans, self.bounds):
                 arrays[:] = [np.concatenate([array, np.zeros_like(array)]) for array in arrays]
         n = 0
         for at, (postings, (dead, dead_counts)) in enumerate(zip(self.parts, self.dead, strict=True)):
             t = int(postings.find(hashed)[0])
-            start, end = (int(postings.starts[t]), int(postings.starts[t + 1])) if t >= 0 else (0, 0)
-            self.starts[at][number], self.ends[at][number] = start, end
+            start, end, *_ = self.spans[at][number] = postings.span(t) if t >= 0 else (0, 0, 0, 0)
             self.bounds[at][number] = self.retriever.largest_weight(postings, t, self) if t >= 0 else 0.0
             n += end - start
             place = int(np.searchsorted(dead, t))
@@ -106,7 +104,7 @@ class Terms:
 
     def segments(self, masks: Masks) -> list[scoring.Segment]:
         return [
-            scoring.Segment(part.docs, part.codes, *of_part, segment.documents.id_rank, mask)
+            scoring.Segment(part.docs, part.runs, part.codes, *of_part, segment.documents.id_rank, mask)
             for part, of_part, segment, mask in zip(
                 self.parts, self.weights, self.collection.segments, masks, strict=True
             )
@@ -115,9 +113,9 @@ class Terms:
     def room(self, at: int, compiled: bool) -> scoring.Room:
         """This thread's room for sums over a segment."""
         rooms = self.rooms.__dict__
-        if (at, compiled) not in rooms:
-            rooms[at, compiled] = scoring.Room(len(self.parts[at].lengths), compiled)
-        return rooms[at, compiled]
+        if at not in rooms or rooms[at].compiled != compiled:  # one of them: NumPy's takes 8 bytes for each document
+            rooms[at] = scoring.Room(len(self.parts[at].lengths), compiled)
+        return rooms[at]
 
 
 class LexicalRetriever(Retriever):
@@ -170,10 +168,10 @@ class LexicalRetriever(Retriever):
             numbers, weights = terms.of_query(query)
             parts = []
             for at, segment in enumerate(segments):
-                spans = terms.starts[at][numbers], terms.ends[at][numbers]
+                spans = terms.spans[at][numbers]
                 bounds = terms.bounds[at][numbers] * weights
                 k = min(top_k, len(segment.id_rank))
-                rows, scores = scoring.best(segment, terms.room(at, compiled), *spans, weights, bounds, k, compiled)
+                rows, scores = scoring.best(segment, terms.room(at, compiled), spans, weights, bounds, k, compiled)
                 parts.append((rows + documents.first_rows[at], scores))
             ranked.append(documents.merge_best(parts, top_k))
         return ranked
@@ -187,13 +185,11 @@ class LexicalRetriever(Retriever):
         numbers, weights = terms.of_query(query)
         segments = terms.segments(terms.collection.masks())
         for at, places in enumerate(terms.collection.split(rows)):
-            segment, within = segments[at], (rows[places] - terms.collection.first_rows[at]).astype(np.int32)
+            segment, places = segments[at], places[np.argsort(rows[places])]
+            within = rows[places] - terms.collection.first_rows[at]
             of_part = np.zeros(len(places))
             for number, weight in zip(numbers.tolist(), weights.tolist(), strict=True):
-                start, end = terms.starts[at][number], terms.ends[at][number]
-                place = start + np.searchsorted(segment.docs[start:end], within)
-                found = place < end
-                found[found] = segment.docs[place[found]] == within[found]
-                of_part[found] += weight * segment.weights(segment.codes[place[found]], within[found])
+                found, place = segment.find(terms.spans[at][number], within)
+                of_part[found] += weight * segment.weights(segment.codes[place], within[found])
             sums[places] = of_part
         return sums

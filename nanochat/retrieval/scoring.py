@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat.retrieval import blocks
+
 _SHORT = 16_384  # postings
-BLOCK = 32_768  # documents that the compiled loop takes at a time
 SLACK = 1 + 1e-6  # bounds are compared after roundings
 
 
@@ -25,7 +26,8 @@ SLACK = 1 + 1e-6  # bounds are compared after roundings
 class Segment:
     """What scoring needs of a segment: arrays of its postings, and of its N documents."""
 
-    docs: np.ndarray  # (Z,) int32
+    docs: np.ndarray  # (Z,) uint16, rows within blocks
+    runs: np.ndarray  # (R, 2) uint16, (0, 2) if there is one block
     codes: np.ndarray  # (Z,)
     table: np.ndarray  # (C,) float64
     norms: np.ndarray  # (N,) float64, or (0,): none
@@ -37,21 +39,53 @@ class Segment:
         found = self.table.take(codes)
         return found * self.norms[rows] if len(self.norms) else found
 
+    def rows(self, spans: np.ndarray) -> np.ndarray:
+        """intp rows of the documents of these terms' postings, term after term; indexing with other integers takes
+        twice as long. spans (T, 4): first and last posting, first and last run."""
+        spans = spans.tolist()
+        rows = np.concatenate([self.docs[start:end] for start, end, _, _ in spans], dtype=np.intp)
+        if len(self.runs):
+            runs = [self.runs[run:last] for _, _, run, last in spans]
+            rows += blocks.first_rows(np.concatenate(runs, dtype=np.intp))
+        return rows
+
+    def find(self, span: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the rows, ascending, have the term of this span, and where the postings of those stand."""
+        start, end, run, last_run = span.tolist()
+        if start == end:
+            return np.zeros(len(rows), dtype=bool), np.zeros(0, dtype=np.intp)
+        runs = self.runs[run:last_run].astype(np.intp) if len(self.runs) else np.array([[0, end - start - 1]])
+        first_rows, lasts = runs[:, 0] * blocks.BLOCK, start + np.cumsum(runs[:, 1] + 1) - 1
+        of_run = zip(
+            (lasts - runs[:, 1]).tolist(),
+            lasts.tolist(),
+            np.searchsorted(rows, first_rows).tolist(),
+            np.searchsorted(rows, first_rows + blocks.BLOCK).tolist(),
+            strict=True,
+        )
+        within = (rows % blocks.BLOCK).astype(np.uint16)
+        place = np.full(len(rows), -1)
+        for first, last, low, high in of_run:
+            if low < high:  # what comes after all but the last posting can only be the last
+                place[low:high] = first + self.docs[first:last].searchsorted(within[low:high])
+        found = (place >= 0) & (self.docs[place] == within)
+        return found, place[found]
+
 
 class Room:
     """One thread's room for sums, zero between queries."""
 
     def __init__(self, N: int, compiled: bool = False):
-        size = min(N, BLOCK) if compiled else N
+        size = min(N, blocks.BLOCK) if compiled else N
+        self.compiled = compiled
         self.sums = np.zeros(size)
-        self.touched = np.empty(size if compiled else 0, dtype=np.int32)
+        self.touched = np.empty(size if compiled else 0, dtype=np.uint16)
 
 
 def best(
     segment: Segment,
     room: Room,
-    starts: np.ndarray,
-    ends: np.ndarray,
+    spans: np.ndarray,
     weights: np.ndarray,
     bounds: np.ndarray,
     k: int,
@@ -59,54 +93,55 @@ def best(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows, scores) of the k best, best first, equal scores in the order of id_rank; none that scores zero.
 
-    starts, ends (T,): each term's postings; weights (T,) positive; bounds (T,): the most that a term can add, weight
-    included (infinite: not known)."""
+    spans (T, 4): each term's first and last posting, first and last run; weights (T,) positive; bounds (T,): the most
+    that a term can add, weight included (infinite: not known)."""
     if compiled:
         from nanochat.retrieval.scoring_numba import best_compiled
 
         rows, scores = np.empty(k, dtype=np.int64), np.empty(k)
-        arrays = (segment.docs, segment.codes, segment.table, segment.norms, segment.id_rank, segment.allowed)
-        n = best_compiled(*arrays, room.sums, room.touched, starts, ends, weights, bounds, rows, scores)
+        arrays = (segment.docs, segment.runs, segment.codes, segment.table, segment.norms)
+        documents = (segment.id_rank, segment.allowed)
+        n = best_compiled(*arrays, *documents, room.sums, room.touched, spans, weights, bounds, rows, scores)
         return rows[:n], scores[:n]
-    return _best_numpy(segment, room.sums, starts, ends, weights, bounds, k)
+    return _best_numpy(segment, room.sums, spans, weights, bounds, k)
 
 
 def best_rows(rows: np.ndarray, scores: np.ndarray, k: int, id_rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The k best, best first, equal scores by id_rank (of all rows, indexed by row)."""
-    if len(scores) > k:
+    if len(scores) > 4 * k:  # fewer are sorted as soon
         good = scores >= _kth_largest(scores, k)
         rows, scores = rows[good], scores[good]
     order = np.lexsort((id_rank[rows], -scores))[:k]
     return rows[order], scores[order]
 
 
-def _best_numpy(segment, sums, starts, ends, weights, bounds, k) -> tuple[np.ndarray, np.ndarray]:
-    docs, codes, allowed = segment.docs, segment.codes, segment.allowed
-    spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
-    sizes = ends - starts
+def _best_numpy(segment, sums, spans, weights, bounds, k) -> tuple[np.ndarray, np.ndarray]:
+    codes, allowed = segment.codes, segment.allowed
+    sizes = spans[:, 1] - spans[:, 0]
     # short postings, all terms at once: each call of NumPy costs as much as a thousand numbers
-    head = int(np.searchsorted(sizes.cumsum(), _SHORT, side="right"))
-    rows = np.zeros(0, dtype=np.intp)  # indexing with other integers takes twice as long
+    until = sizes.cumsum()
+    head = int(until.searchsorted(_SHORT, side="right"))
+    rows = np.zeros(0, dtype=np.intp)
     if head:
-        rows = np.concatenate([docs[s:e] for s, e in spans[:head]], dtype=np.intp)
-        of_posting = np.concatenate([codes[s:e] for s, e in spans[:head]])
+        rows = segment.rows(spans[:head])
+        of_posting = np.concatenate([codes[s:e] for s, e, _, _ in spans[:head].tolist()])
         added = np.repeat(weights[:head], sizes[:head]) * segment.weights(of_posting, rows)
         np.add.at(sums, rows, added)  # term after term, as they stand in rows
     if head == len(spans):
         # a document stands in rows once for each term it has; the k-th best of one term is a bar for all
         large = int((sizes >= k).argmax()) if head else 0
-        some = rows[(at := int(sizes[:large].sum())) : at + int(sizes[large])] if head else rows
+        some = rows[until[large] - sizes[large] : until[large]] if head else rows
         return _take(rows, sums, segment, k, _kth(some, sums[some], k, allowed), repeated=head > 1)
-    rows = np.unique(rows)
+    rows = _different(rows)
     touched, size, chosen = [rows], len(rows), False
     to_come = np.append(np.cumsum(bounds[::-1])[::-1], 0.0) * SLACK
-    for t, (s, e) in enumerate(spans[head:], head):
-        if not chosen and size >= k and e - s > size:
+    for t in range(head, len(spans)):
+        if not chosen and size >= k and sizes[t] > size:
             rows = np.concatenate(touched)
             worst = _kth(rows, sums[rows], k, allowed)
             chosen = to_come[t] < worst  # from here on only these are in question
         if not chosen:
-            of_term = docs[s:e].astype(np.intp)
+            of_term, (s, e) = segment.rows(spans[t : t + 1]), spans[t, :2]
             before = sums[of_term]
             touched.append(of_term[before == 0.0])
             size += len(touched[-1])
@@ -114,11 +149,9 @@ def _best_numpy(segment, sums, starts, ends, weights, bounds, k) -> tuple[np.nda
             continue
         hopeful = sums[rows] + to_come[t] >= worst
         sums[rows[~hopeful]] = 0.0
-        rows = rows[hopeful]
-        of_term = docs[s:e]
-        place = np.searchsorted(of_term, rows.astype(docs.dtype))
-        found = of_term[np.minimum(place, e - s - 1)] == rows
-        had, place = rows[found], s + place[found]
+        rows = np.sort(rows[hopeful])
+        found, place = segment.find(spans[t], rows)
+        had = rows[found]
         sums[had] += weights[t] * segment.weights(codes[place], had)
     return _take(rows if chosen else np.concatenate(touched), sums, segment, k)
 
@@ -127,17 +160,22 @@ def _take(
     rows: np.ndarray, sums: np.ndarray, segment: Segment, k: int, bar: float = -np.inf, repeated: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best of the rows, which may be repeated; none of them scores below the bar. Their sums become zero again."""
-    scores = sums[rows]
-    sums[rows] = 0.0
-    good = scores >= bar
+    good = sums[rows] >= bar
     if len(segment.allowed):
         good &= segment.allowed[rows]
-    rows, scores = rows[good], scores[good]
-    if repeated:
-        rows, first = np.unique(rows, return_index=True)
-        scores = scores[first]
-    rows, scores = best_rows(rows, scores, k, segment.id_rank)
+    some = _different(rows[good]) if repeated else rows[good]
+    scores = sums[some]
+    sums[rows] = 0.0
+    rows, scores = best_rows(some, scores, k, segment.id_rank)
     return rows.astype(np.int64), scores
+
+
+def _different(rows: np.ndarray) -> np.ndarray:
+    """np.unique, which takes sixteen times as long: it puts them into a hash table."""
+    rows = np.sort(rows)
+    new = np.ones(len(rows), dtype=bool)
+    np.not_equal(rows[1:], rows[:-1], out=new[1:])
+    return rows[new]
 
 
 def _kth_largest(scores: np.ndarray, k: int) -> float:

@@ -1,7 +1,8 @@
 """nanochat.retrieval.scoring in one compiled loop. Compiled once for each kind of arrays, and kept on disk.
 
-Documents are taken in blocks whose sums stay in a core's cache, and each block begins with the bar that the blocks
-before have set: where the frequent terms alone cannot reach it, their postings are only looked up from then on.
+Documents are taken block by block (nanochat.retrieval.blocks), whose sums stay in a core's cache. Each block begins
+with the bar that the blocks before have set: where the frequent terms alone cannot reach it, their postings are only
+looked up from then on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import numba
 import numpy as np
 
-from nanochat.retrieval.scoring import BLOCK, SLACK
+from nanochat.retrieval.scoring import SLACK
 
 njit = functools.partial(numba.njit, cache=True, nogil=True)
 
@@ -52,88 +53,90 @@ def _lower_bound(docs, s, e, d):
 
 
 @njit
-def _first_from(docs, s, e, d):
-    """The same, found near s sooner than far from it."""
-    step = 1
-    while s + step < e and docs[s + step] < d:
-        s += step
-        step <<= 1
-    return _lower_bound(docs, s, min(e, s + step), d)
+def _of_block(spans, runs, t, block):
+    """Term t's postings in this block, first and last. Blocks are asked for in ascending order: spans moves along."""
+    p, run = spans[t, 0], spans[t, 2]
+    if len(runs) == 0:
+        return p, spans[t, 1]
+    while run < spans[t, 3] and runs[run, 0] < block:
+        p += runs[run, 1] + 1
+        run += 1
+    spans[t, 0], spans[t, 2] = p, run
+    there = run < spans[t, 3] and runs[run, 0] == block
+    return p, p + runs[run, 1] + 1 if there else p
 
 
 @njit
 def best_compiled(
-    docs, codes, table, norms, id_rank, allowed, sums, touched, starts, ends, weights, bounds, rows, scores
+    docs, runs, codes, table, norms, id_rank, allowed, sums, touched, spans, weights, bounds, rows, scores
 ):
-    """Fill rows and scores, best first; returns how many there are."""
-    T, k, N, simple = len(starts), len(rows), len(id_rank), len(norms) > 0
+    """Fill rows and scores, best first; returns how many there are. sums is as long as a block."""
+    T, k, N, simple = len(spans), len(rows), len(id_rank), len(norms) > 0
     to_come = np.zeros(T + 1)
     for t in range(T - 1, -1, -1):
         to_come[t] = to_come[t + 1] + bounds[t]
-    at = starts.copy()
+    spans = spans.copy()
     n, bar, needed = 0, -np.inf, T  # terms from `needed` on cannot reach the bar by themselves
-    for first in range(0, N, BLOCK):
-        last, size = min(first + BLOCK, N), 0
+    for block, first in enumerate(range(0, N, len(sums))):
+        size = 0
         for t in range(needed):
-            p, e, weight = at[t], ends[t], weights[t]
-            while p < e and docs[p] < last:
+            weight = weights[t]
+            start, end = _of_block(spans, runs, t, block)
+            for p in range(start, end):
                 d, w = docs[p], table[codes[p]]
                 if simple:
-                    w *= norms[d]
-                before = sums[d - first]
+                    w *= norms[first + d]
+                before = sums[d]
                 if before == 0.0:
                     touched[size] = d
                     size += 1
-                sums[d - first] = before + weight * w
-                p += 1
-            at[t] = p
+                sums[d] = before + weight * w
         for t in range(needed, T):
             left = 0
             for i in range(size):
                 d = touched[i]
-                if sums[d - first] + to_come[t] * SLACK >= bar:
+                if sums[d] + to_come[t] * SLACK >= bar:
                     touched[left] = d
                     left += 1
                 else:
-                    sums[d - first] = 0.0
+                    sums[d] = 0.0
             size = left
             if size == 0:
                 break
-            weight, p = weights[t], _first_from(docs, at[t], ends[t], first)
-            e = _first_from(docs, p, ends[t], last)
-            at[t] = e
-            if e - p < 8 * size:
-                for place in range(p, e):
-                    d = docs[place]
-                    if sums[d - first] > 0.0:
-                        w = table[codes[place]]
+            weight = weights[t]
+            start, end = _of_block(spans, runs, t, block)
+            if end - start < 8 * size:
+                for p in range(start, end):
+                    d = docs[p]
+                    if sums[d] > 0.0:
+                        w = table[codes[p]]
                         if simple:
-                            w *= norms[d]
-                        sums[d - first] += weight * w
+                            w *= norms[first + d]
+                        sums[d] += weight * w
             else:
                 for i in range(size):
                     d = touched[i]
-                    place = _lower_bound(docs, p, e, d)
-                    if place < e and docs[place] == d:
-                        w = table[codes[place]]
+                    p = _lower_bound(docs, start, end, d)
+                    if p < end and docs[p] == d:
+                        w = table[codes[p]]
                         if simple:
-                            w *= norms[d]
-                        sums[d - first] += weight * w
+                            w *= norms[first + d]
+                        sums[d] += weight * w
         for i in range(size):
             d = touched[i]
-            score = sums[d - first]
-            sums[d - first] = 0.0
-            if score < bar or (len(allowed) and not allowed[d]):
+            row, score = first + d, sums[d]
+            sums[d] = 0.0
+            if score < bar or (len(allowed) and not allowed[row]):
                 continue
             if n < k:
-                rows[n], scores[n] = d, score
+                rows[n], scores[n] = row, score
                 n += 1
                 if n == k:
                     for parent in range(k // 2 - 1, -1, -1):
                         _sift_down(scores, rows, id_rank, parent, k)
                     bar = scores[0]
-            elif _worse(scores[0], id_rank[rows[0]], score, id_rank[d]):
-                rows[0], scores[0] = d, score
+            elif _worse(scores[0], id_rank[rows[0]], score, id_rank[row]):
+                rows[0], scores[0] = row, score
                 _sift_down(scores, rows, id_rank, 0, k)
                 bar = scores[0]
         while needed > 0 and to_come[needed - 1] * SLACK < bar:

@@ -49,7 +49,7 @@ class SimpleRetriever(LexicalRetriever):
             counts = part.pairs[:, 0]
             table = 1 + np.log(counts) if self.sublinear else counts.astype(np.float64)
             idf_of_posting = np.repeat(idf[np.searchsorted(hashes, part.hashes)], np.diff(part.starts))
-            squares = np.bincount(part.docs, (table[part.codes] * idf_of_posting) ** 2, minlength=len(part.lengths))
+            squares = np.bincount(part.rows(), (table[part.codes] * idf_of_posting) ** 2, minlength=len(part.lengths))
             found.append((table, 1 / np.sqrt(np.where(squares > 0, squares, 1))))
         return found
 

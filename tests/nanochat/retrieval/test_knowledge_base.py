@@ -170,7 +170,7 @@ def test_a_version_before_comes_back(tmp_path):
 def test_the_manifest_says_what_the_base_is(tmp_path):
     knowledge_base = build(tmp_path, "hybrid", k1=1.2, alpha=0.7)
     manifest = json.loads((knowledge_base.directory / "manifest.json").read_text())
-    assert manifest["format_version"] == 2 and manifest["retriever"] == "hybrid"
+    assert manifest["format_version"] == 3 and manifest["retriever"] == "hybrid"
     assert manifest["settings"]["k1"] == 1.2 and manifest["settings"]["alpha"] == 0.7
     assert manifest["embedding"] == {"model": "letters", "dimension": 26, "hash": "letters-1"}
     assert manifest["counts"] == {"documents": 8}
@@ -290,7 +290,7 @@ def test_a_half_built_base_is_told_and_can_be_built_again(tmp_path):
 
 def test_another_format_version_is_told(tmp_path):
     file = build(tmp_path).directory / "manifest.json"
-    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 99'))
+    file.write_text(file.read_text().replace('"format_version": 3', '"format_version": 99'))
     with pytest.raises(UserError, match=r"format version 99.*DOCUMENTS.jsonl --output"):
         open_knowledge_base(tmp_path)
 

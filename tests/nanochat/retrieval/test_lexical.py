@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat.common import UserError
-from nanochat.retrieval import Document
+from nanochat.retrieval import Document, blocks
 from tests.nanochat.retrieval.samples import QUERIES, hits, make, random_documents
 
 LEXICAL = ["simple", "bm25"]
@@ -37,9 +37,11 @@ def test_documents_without_any_term(kind):
     assert hits(retriever, ["the baun"]) == [[]]
 
 
+@pytest.mark.parametrize("block", [blocks.BLOCK, 300])
 @pytest.mark.parametrize("kind", LEXICAL)
-def test_compiled_search_equals_numpy(kind):
+def test_compiled_search_equals_numpy(kind, block, monkeypatch):
     pytest.importorskip("numba")
+    monkeypatch.setattr(blocks, "BLOCK", block)
     retriever = make(kind)
     documents = random_documents(3000, words=60)
     retriever.add(documents[:2500])
@@ -51,6 +53,8 @@ def test_compiled_search_equals_numpy(kind):
         retriever.compiled = compiled
         found.append(hits(retriever, queries, 20))
     assert found[0] == found[1]
+    some = [id for id, _ in found[0][0]][::-1]
+    assert retriever.score(queries[0], some) == pytest.approx([score for _, score in found[0][0]][::-1], abs=0)
     assert found[0] == hits(retriever, queries, 20)
 
 

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanochat.common import UserError
-from nanochat.retrieval import Document, RetrievalManager, collection
+from nanochat.retrieval import Document, RetrievalManager, blocks, collection
 from nanochat.retrieval.knowledge_base import (
     add_documents,
     build_knowledge_base,
@@ -33,9 +33,10 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         self.path = Path(tempfile.mkdtemp()) / "kb"
         self.tier, collection.TIER = collection.TIER, 3  # so that a short life has merges
+        self.block, blocks.BLOCK = blocks.BLOCK, 2
 
     def teardown(self):
-        collection.TIER = self.tier
+        collection.TIER, blocks.BLOCK = self.tier, self.block
         shutil.rmtree(self.path.parent)
 
     @initialize(new=some_documents, kind=st.sampled_from(["simple", "bm25"]))
