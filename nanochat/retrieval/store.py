@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import threading
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from nanochat.retrieval.document import Document
 from nanochat.retrieval.postings import hash64, load_array
 
 _ARRAYS = ("offsets", "id_hashes", "id_rows", "id_rank", "field_starts", "field_rows")
+_PREAD = hasattr(os, "pread")  # not on Windows
 
 
 class DocumentStore:
@@ -31,19 +33,28 @@ class DocumentStore:
     id_rank (N,): the place of each row when sorted by id. fields: [name, value] of all metadata, the rows that have
     the i-th being field_rows[field_starts[i] : field_starts[i + 1]]."""
 
-    def __init__(self, data: bytes | _File, arrays: dict[str, np.ndarray], fields: Any):
-        self._data, self._fields = data, fields
+    def __init__(self, data: bytes | _File, arrays: dict[str, np.ndarray], fields: Any, offsets: _File | None = None):
+        """offsets: the file that they are mapped from."""
+        self._data, self._fields, self._offsets = data, fields, offsets
         self.arrays = arrays
+        self._header = len(offsets) - arrays["offsets"].nbytes if offsets else 0  # bytes before the first of them
         self.offsets, self.id_rank = arrays["offsets"], arrays["id_rank"]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> Document:
-        record = json.loads(self._data[self.offsets[row] : self.offsets[row + 1]])
+        record = json.loads(self._data[slice(*self._place(row))])
         return Document(
             record["id"], record["title"], record["content"], record.get("source", ""), record.get("metadata", {})
         )
+
+    def _place(self, row: int) -> Sequence[int]:
+        """Where its line begins and ends; read, not mapped, as the line itself."""
+        if self._offsets is None:
+            return self.offsets[row : row + 2].tolist()
+        at = self._header + 8 * row
+        return struct.unpack("=qq", self._offsets[at : at + 16])
 
     def __iter__(self) -> Iterator[Document]:
         return (self[row] for row in range(len(self)))
@@ -96,7 +107,7 @@ class DocumentStore:
         data = _File(directory / "documents.jsonl")
         if arrays["offsets"].ndim != 1 or len(arrays["offsets"]) == 0 or arrays["offsets"][-1] != len(data):
             raise ValueError(f"{directory / 'offsets.npy'} does not fit documents.jsonl")
-        return cls(data, arrays, directory / "fields.json")
+        return cls(data, arrays, directory / "fields.json", _File(directory / "offsets.npy"))
 
 
 class StoreWriter:
@@ -173,7 +184,8 @@ class _File:
 
     def __init__(self, path: Path):
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._size = os.fstat(self._file.fileno()).st_size
+        self._number = self._file.fileno()
+        self._size = os.fstat(self._number).st_size
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -181,8 +193,8 @@ class _File:
 
     def __getitem__(self, span: slice) -> bytes:
         start, stop, _ = span.indices(self._size)
-        if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), stop - start, start)
+        if _PREAD:
+            return os.pread(self._number, stop - start, start)
         with self._lock:
             self._file.seek(start)
             return self._file.read(stop - start)
