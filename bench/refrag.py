@@ -5,14 +5,8 @@
 
 hotpot: both gold paragraphs of a HotpotQA question among six, found by one search or by two, the second by rule.
 throughput: 64 questions together against one at a time, with real searches. train: on the world of runs/demo.sh (its
-base directory is --home), from its RAG model, the same held-out questions for all:
-
-    single   one search with the question, six documents; trained on the questions of two and three hops
-    all      REFRAG by example, on searches for all of these questions
-    sft      the same where searches are known for the questions of two hops and for few of three: HotpotQA has such
-             examples, and they are what costs; answers alone are had for more questions
-    rl       sft, then by reward on all questions, of which it uses answers and gold documents
-    no_mask  the same with loss on the documents too
+base directory is --home), from its RAG model: single-shot RAG on the multi-hop questions, REFRAG by example, then by
+reward, and by reward without the mask on retrieved tokens; the same held-out questions for all.
 """
 
 from __future__ import annotations

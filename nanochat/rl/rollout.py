@@ -174,7 +174,6 @@ class RolloutBatches:
         self.first_row = 0
         self.figures: dict[str, float] = {}
         self._sums = {"kl": 0.0, "entropy": 0.0, "tokens": 0.0}
-        self._of_tokens: dict[str, float] = {}
         self._logging = False
 
     # --- what the training loop asks for
@@ -212,9 +211,9 @@ class RolloutBatches:
         """What the last step was like; stops the run if the policy has collapsed."""
         sums = dict(zip(self._sums, self._over_ranks(list(self._sums.values())), strict=True))
         self._sums = dict.fromkeys(self._sums, 0.0)
-        if tokens := sums["tokens"]:  # else as in the step before
-            self._of_tokens = {"kl": sums["kl"] / tokens, "entropy": sums["entropy"] / tokens}
-        figures = self.figures | self._of_tokens
+        figures = dict(self.figures)
+        if tokens := sums["tokens"]:  # none: no answer was better or worse than the others
+            figures |= {"kl": sums["kl"] / tokens, "entropy": sums["entropy"] / tokens}
         for name, bound in (("valid", self.settings.min_valid), ("entropy", self.settings.min_entropy)):
             if figures.get(name, math.inf) < bound:
                 raise UserError(
