@@ -31,6 +31,7 @@ from nanochat.retrieval.sharding import local_device, sharded
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _SPARE = 16  # candidates beyond top_k, for those that rounding or a tie may have put just outside
 _PROBED = 32  # documents that are encoded to see which type is faster
+_HALF_BATCH = 16  # texts at a time in bfloat16: what one layer hands to the next should fit a CPU's cache
 _ROUNDING = 1e-5  # more than float32 inner products of unit vectors differ between two ways of summing
 
 
@@ -65,7 +66,7 @@ class DenseRetriever(Retriever):
         self.model, self.device, self.batch_size, self.faiss_index = model, device, batch_size, faiss_index
         self.dtype, self.faiss_gpu = dtype, faiss_gpu
         self._given_encoder = encoder
-        self._documents_encoder: Any = None
+        self._documents_encoder: tuple[Any, int] | None = None  # and how many texts it takes at a time
         self._last_queries: tuple[list[str], np.ndarray] | None = None
 
     # --- the encoder
@@ -96,10 +97,10 @@ class DenseRetriever(Retriever):
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _encode(self, texts: list[str], kind: str, encoder: Any) -> np.ndarray:
+    def _encode(self, texts: list[str], kind: str, encoder: Any, batch_size: int) -> np.ndarray:
         # models that tell queries from documents (by a prompt) have a method for each
         encode = getattr(encoder, f"encode_{kind}", encoder.encode)
-        sizes = {"batch_size": self.batch_size, "show_progress_bar": False}
+        sizes = {"batch_size": batch_size, "show_progress_bar": False}
         options = sizes if self._of_sentence_transformers else {}
         vectors = np.asarray(encode(texts, **options), dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
@@ -113,7 +114,7 @@ class DenseRetriever(Retriever):
     def encode_queries(self, queries: list[str]) -> np.ndarray:
         last = self._last_queries  # hybrid asks twice for the same queries: to rank, then to score
         if last is None or last[0] != queries:
-            last = self._last_queries = (list(queries), self._encode(queries, "query", self.encoder))
+            last = self._last_queries = (list(queries), self._encode(queries, "query", self.encoder, self.batch_size))
         return last[1]
 
     def encoding(self) -> Encode:
@@ -126,7 +127,7 @@ class DenseRetriever(Retriever):
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         if self._of_sentence_transformers and self._documents_encoder is None and len(texts) >= _PROBED:
             self._documents_encoder = _faster(self.encoder, texts[:_PROBED], self.batch_size, self.dtype)
-        vectors = self._encode(texts, "document", self._documents_encoder or self.encoder)
+        vectors = self._encode(texts, "document", *(self._documents_encoder or (self.encoder, self.batch_size)))
         for segment in self.documents.segments[:1]:
             if vectors.shape[1] != segment.embeddings.shape[1]:
                 raise UserError(
@@ -223,22 +224,24 @@ def _exact(embeddings: np.ndarray, vector: np.ndarray, rows: np.ndarray) -> np.n
     return np.einsum("nd,d->n", embeddings[rows].astype(np.float64), vector.astype(np.float64))
 
 
-def _faster(model: Any, texts: list[str], batch_size: int, dtype: str) -> Any:
-    """The model as it is, or a copy in bfloat16."""
-    if dtype == "float32" or (dtype == "auto" and model.device.type != "cpu"):
-        return model
+def _faster(model: Any, texts: list[str], batch_size: int, dtype: str) -> tuple[Any, int]:
+    """The model as it is, or a copy in bfloat16, and how many texts it takes at a time."""
+    as_it_is = (model, batch_size)
+    on_cpu = model.device.type == "cpu"
+    if dtype == "float32" or (dtype == "auto" and not on_cpu):
+        return as_it_is
     import torch
 
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half = (copy.deepcopy(model).to(torch.bfloat16), min(batch_size, _HALF_BATCH) if on_cpu else batch_size)
     if dtype == "bfloat16":
         return half
-    seconds = {}
+    seconds = {as_it_is: float("inf"), half: float("inf")}
     for _ in range(2):  # the first time does what is done once
-        for name, tried in (("float32", model), ("bfloat16", half)):
+        for tried in seconds:
             began = time.perf_counter()
-            tried.encode(texts, batch_size=batch_size, show_progress_bar=False)
-            seconds[name] = time.perf_counter() - began
-    return half if seconds["bfloat16"] < 0.8 * seconds["float32"] else model
+            tried[0].encode(texts, batch_size=tried[1], show_progress_bar=False)
+            seconds[tried] = time.perf_counter() - began
+    return half if seconds[half] < 0.8 * seconds[as_it_is] else as_it_is
 
 
 @contextlib.contextmanager
