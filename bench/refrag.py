@@ -170,7 +170,7 @@ def train_system(config: Config, base: Path, name: str, seed: int) -> None:
     if name == "single":  # as much training, documents and questions; one search with the question itself
         steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
         shape = ["configs/rag_tiny.py", "--source", "rag", "--top_k", 6, "--curriculum", "", "--max_seq_len", 1536]
-        run(base, "scripts.rag_finetune", *shape, *data, *val, *(steps or ["--num_steps", 1000]), "--eval_every", 0)
+        run(base, "scripts.rag_finetune", *shape, *data, *val, *(steps or ["--num_steps", 800]), "--eval_every", 0)
     elif name == "sft":
         steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
         run(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *val, *steps, "--use_rewards", "false")
