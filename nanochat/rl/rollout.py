@@ -63,7 +63,8 @@ class Settings:
     where it is certain, pushing a bad one down ends nowhere (Arnal et al. 2025, arXiv 2506.20520)."""
     branch: bool = False
     """grpo: each group goes on from a point of an answer drawn before, its beginning or behind one of its searches, and
-    learns what is written up to the next search: what came before is the same for all and judged by its own groups."""
+    learns what is written up to the next search: what came before is the same for all and judged by its own groups
+    (answers from intermediate states, as in VinePPO, Kazemnejad et al. 2024, arXiv 2410.01679)."""
     gae_lambda: float = 1.0
     """ppo: 1 takes the whole reward, 0 the critic's next value."""
     value_weight: float = 0.5
@@ -97,7 +98,7 @@ class Rollout:
     info: Generation
     parts: dict[str, float]
     begun: int = 0  # tokens of the answer that were there when its group branched off
-    weight: float = 1.0
+    weight: float = 1.0  # points that its group's could have been instead, all as likely
     advantages: Tensor | None = None  # (T_i,), as are the others
     old: Tensor | None = None  # log-probabilities when it was written
     reference: Tensor | None = None
