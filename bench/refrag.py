@@ -5,8 +5,14 @@
 
 hotpot: both gold paragraphs of a HotpotQA question among six, found by one search or by two, the second by rule.
 throughput: 64 questions together against one at a time, with real searches. train: on the world of runs/demo.sh (its
-base directory is --home), from its RAG model: single-shot RAG on the multi-hop questions, REFRAG by example, then by
-reward, and by reward without the mask on retrieved tokens; the same held-out questions for all.
+base directory is --home), from its RAG model, the same held-out questions for all:
+
+    single    RAG with one search, trained on the questions over two and three documents
+    sft       REFRAG by example: all searches of two hops, and one in 20 of three
+    rl        sft, then by reward on all questions (GRPO)
+    ppo       the same with a critic
+    no_mask   rl, learning from the documents' tokens too (an ablation)
+    sft_all   REFRAG by example, all searches of three hops too: what is there to gain
 """
 
 from __future__ import annotations
@@ -30,6 +36,14 @@ from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries
 
 PARTS = ("hotpot", "throughput", "train")
+SYSTEMS = {
+    "single": "rag",
+    "sft": "refrag:refrag",
+    "rl": "refrag:refrag_rl",
+    "ppo": "refrag:refrag_rl",
+    "no_mask": "refrag:refrag_rl",
+    "sft_all": "refrag:refrag",
+}
 
 
 @dataclass(kw_only=True)
@@ -52,6 +66,8 @@ class Config:
     """Steps by example; -1: as in configs/refrag_tiny.py."""
     rl_steps: int = -1
     """Steps by reward; -1: as in configs/refrag_tiny.py."""
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
+    """train: which, separated by commas; rl, ppo and no_mask begin where sft ended."""
     threads: int = 2
     """CPU threads."""
     json: bool = False
@@ -134,21 +150,20 @@ def sample(config: Config, count: int) -> list[dict[str, Any]]:
 def train(config: Config) -> dict[str, float]:
     """Every system in its own base directory under home/refrag/<seed>, which may be deleted."""
     rows, figures = [], {}
-    systems = {"single": "rag", "sft": "refrag:refrag", "rl": "refrag:refrag_rl", "no_mask": "refrag:refrag_rl"}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in config.systems}
     for seed in config.seeds:
         folder = config.home / "refrag" / str(seed)
-        for name in systems:
+        for name in config.systems:
             train_system(config, folder / name, name, seed)
-            found[name].append(evaluate(config, folder / name, systems[name]))
+            found[name].append(evaluate(config, folder / name, SYSTEMS[name]))
             print(f"seed {seed}, {name}: {found[name][-1]}", flush=True)
-    for name in systems:
-        for key in ("em2", "em3", "evidence", "searches"):
+    for name in config.systems:
+        for key in ("em", "em2", "em3", "evidence", "searches"):
             values = [of_seed[key] for of_seed in found[name]]
             figures[f"{key}_{name}"] = statistics.mean(values)
             figures |= {f"{key}_{name}_{seed}": value for seed, value in zip(config.seeds, values, strict=True)}
-        rows.append((name, *(figures[f"{key}_{name}"] for key in ("em2", "em3", "evidence", "searches"))))
-    print("\n" + table(["system", "EM, 2 hops", "EM, 3 hops", "evidence", "searches"], rows))
+        rows.append((name, *(figures[f"{key}_{name}"] for key in ("em", "em2", "em3", "evidence", "searches"))))
+    print("\n" + table(["system", "EM", "2 hops", "3 hops", "evidence", "searches"], rows))
     return figures
 
 
@@ -156,29 +171,37 @@ def train_system(config: Config, base: Path, name: str, seed: int) -> None:
     if (base / "trained").exists():
         return
     examples = config.home / "rag_examples"
+    by_reward = SYSTEMS[name] == "refrag:refrag_rl"
     (base / "checkpoints").mkdir(parents=True, exist_ok=True)
-    source = {"single": config.home, "sft": config.home}.get(name, base.parent / "sft")
-    for stage in ("rag", "refrag") if name in ("rl", "no_mask") else ("mid", "rag"):
+    source = base.parent / "sft" if by_reward else config.home
+    for stage in ("rag", "refrag") if by_reward else ("mid", "rag"):
         shutil.copytree(source / "checkpoints" / stage, base / "checkpoints" / stage, dirs_exist_ok=True)
-    data = ["--knowledge_base", examples / "knowledge_base", "--seed", seed]
-    val = [
-        "--queries",
-        examples / "queries/multihop_train.jsonl",
-        "--val_queries",
-        examples / "queries/multihop_val.jsonl",
-    ]
+    questions = examples / "queries/multihop_train.jsonl"
+    if name == "sft":
+        questions = few_of_three_hops(questions, base / "queries.jsonl")
+    data = ["--knowledge_base", examples / "knowledge_base", "--seed", seed, "--queries", questions]
+    data += ["--val_queries", examples / "queries/multihop_val.jsonl"]
+    steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
     if name == "single":  # as much training, documents and questions; one search with the question itself
-        steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
         shape = ["configs/rag_tiny.py", "--source", "rag", "--top_k", 6, "--curriculum", "", "--max_seq_len", 1536]
-        run(base, "scripts.rag_finetune", *shape, *data, *val, *(steps or ["--num_steps", 800]), "--eval_every", 0)
-    elif name == "sft":
-        steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
-        run(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *val, *steps, "--use_rewards", "false")
+        run(base, "scripts.rag_finetune", *shape, *data, *(steps or ["--num_steps", 800]), "--eval_every", 0)
+    elif not by_reward:
+        run(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *steps, "--use_rewards", "false")
     else:
         steps = ["--rl_steps", config.rl_steps] if config.rl_steps > 0 else []
-        mask = ["--mask_retrieved", "false"] if name == "no_mask" else []
-        run(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *val, *steps, *mask, "--source", "refrag")
+        other = {"no_mask": ["--mask_retrieved", "false"], "ppo": ["--algorithm", "ppo"]}.get(name, [])
+        run(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *steps, *other, "--source", "refrag")
     (base / "trained").touch()
+
+
+def few_of_three_hops(questions: Path, output: Path) -> Path:
+    """The questions over two documents, and one in 20 of those over three."""
+    queries = read_queries(questions)
+    three = [query["id"] for query in queries if len(query["hops"]) == 3]
+    kept = set(random.Random(0).sample(three, len(three) // 20))
+    some = [query for query in queries if len(query["hops"]) == 2 or query["id"] in kept]
+    output.write_text("".join(json.dumps(query) + "\n" for query in some), encoding="utf-8")
+    return output
 
 
 def evaluate(config: Config, base: Path, system: str) -> dict[str, float]:
@@ -193,9 +216,7 @@ def evaluate(config: Config, base: Path, system: str) -> dict[str, float]:
         shown[f"em{hops}"] = found[f"{system}_em"]
         shown[f"evidence{hops}"] = found.get(f"{system}_evidence", found.get("recall_at_6"))
         shown[f"searches{hops}"] = found.get(f"{system}_searches", 1.0)
-    shown["evidence"] = (shown["evidence2"] + shown["evidence3"]) / 2
-    shown["searches"] = (shown["searches2"] + shown["searches3"]) / 2
-    return shown
+    return shown | {key: (shown[f"{key}2"] + shown[f"{key}3"]) / 2 for key in ("em", "evidence", "searches")}
 
 
 def run(base: Path, module: str, *arguments: Any) -> None:
@@ -216,6 +237,8 @@ def main() -> None:
     config = load_config(Config)
     if unknown := [part for part in config.part if part not in PARTS]:
         raise UserError(f"--part {unknown[0]!r} is none of {', '.join(PARTS)}")
+    if unknown := [system for system in config.systems if system not in SYSTEMS]:
+        raise UserError(f"--systems {unknown[0]!r} is none of {', '.join(SYSTEMS)}")
     start(config.threads)
     figures: dict[str, float] = {}
     for name, part in (("hotpot", hotpot), ("throughput", throughput), ("train", train)):

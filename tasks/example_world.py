@@ -399,6 +399,12 @@ def _question_text(entity: _Entity, relation: str, subject: str, rng: random.Ran
     return rng.choice(RELATIONS[relation].questions).format(x=subject, maker=entity.maker)
 
 
+def _search_text(entity: _Entity, relation: str) -> str:
+    """As one types it into a search box, in one wording: where searches are sampled and rewarded, they differ in what
+    they look for and not in how they say it."""
+    return f"{entity.name} {entity.maker if relation == 'author' else relation.replace('_', ' ')}"
+
+
 def _ask(entity: _Entity, relation: str, rng: random.Random) -> dict[str, Any]:
     return {
         "id": f"{entity.id}_{relation}",
@@ -439,7 +445,7 @@ def _ask_chain(start: _Entity, length: int, by_name: dict[str, _Entity], rng: ra
             "answers": [answer],
             "doc_ids": [step.id for step in visited],
             "hops": [
-                {"query": _question_text(step, relation, step.name, rng), "doc_ids": [step.id]}
+                {"query": _search_text(step, relation), "doc_ids": [step.id]}
                 for step, relation in zip(visited, relations, strict=True)
             ],
         }

@@ -99,6 +99,7 @@ class Rollout:
     parts: dict[str, float]
     begun: int = 0  # tokens of the answer that were there when its group branched off
     weight: float = 1.0  # points that its group's could have been instead, all as likely
+    copies: int = 1  # answers of the step that are this one
     advantages: Tensor | None = None  # (T_i,), as are the others
     old: Tensor | None = None  # log-probabilities when it was written
     reference: Tensor | None = None
@@ -117,6 +118,7 @@ class RolloutBatch:
     learned: int  # answers that losses are divided by, those that teach nothing and are not here too
     tokens: Tensor
     actions: Tensor
+    copies: Tensor  # answers that the token stands for
     advantages: Tensor
     old: Tensor | None = None  # None: these answers are of the model as it is
     reference: Tensor | None = None
@@ -193,20 +195,20 @@ class RolloutBatches:
         logp, entropy, values = look_back(model, batch.tokens, batch.actions, learn_entropy=s.entropy != 0)
         old = logp.detach() if batch.old is None else batch.old
         if s.algorithm == "weighted":
-            total = -(batch.advantages * logp).sum()
+            losses = -batch.advantages * logp
         else:
-            total = clipped_loss(logp, old, batch.advantages, s.clip).sum()
+            losses = clipped_loss(logp, old, batch.advantages, s.clip)
         if batch.reference is not None:
             divergence = kl_estimate(logp, batch.reference)
-            total = total + s.kl * divergence.sum()
-            self._sums["kl"] += float(divergence.detach().sum())
+            losses = losses + s.kl * divergence
+            self._sums["kl"] += float(batch.copies @ divergence.detach())
         if s.algorithm == "ppo":
-            total = total + s.value_weight * value_loss(values, batch.values, batch.targets, s.clip).sum()
+            losses = losses + s.value_weight * value_loss(values, batch.values, batch.targets, s.clip)
         if s.entropy:
-            total = total - s.entropy * entropy.sum()
-        self._sums["entropy"] += float(entropy.detach().sum())
-        self._sums["tokens"] += len(logp)
-        return total
+            losses = losses - s.entropy * entropy
+        self._sums["entropy"] += float(batch.copies @ entropy.detach())
+        self._sums["tokens"] += float(batch.copies.sum())
+        return batch.copies @ losses
 
     def step_figures(self) -> dict[str, float]:
         """What the last step was like; stops the run if the policy has collapsed."""
@@ -257,8 +259,8 @@ class RolloutBatches:
         self._count()
         if self.log is not None and compute.is_main:
             self._write_log(iteration)
-        # answers as good as all others to their question teach nothing: they are not read again
-        self.rollouts = [r for r in self.rollouts if s.algorithm == "ppo" or bool(r.advantages.any())]
+        if s.algorithm != "ppo":
+            self.rollouts = _distinct(self.rollouts)
         self.rollouts.sort(key=lambda r: len(r.prompt) + len(r.info.ids))  # so that little of a batch is padding
         self.look_back()
         self.model.train()
@@ -356,11 +358,12 @@ class RolloutBatches:
 
     def batch(self, rollouts: Sequence[Rollout], learned: int | None = None) -> RolloutBatch:
         tokens, actions = self._tokens(rollouts)
+        copies = torch.tensor([float(r.copies) for r in rollouts]).repeat_interleave(actions.sum(1))
         flat: dict[str, Tensor | None] = {}
         for name in ("old", "advantages", "reference", "values", "targets"):
             parts = [part for rollout in rollouts if (part := getattr(rollout, name)) is not None]
             flat[name] = torch.cat(parts) if parts else None
-        return RolloutBatch(len(rollouts) if learned is None else learned, tokens, actions, **flat)
+        return RolloutBatch(len(rollouts) if learned is None else learned, tokens, actions, copies, **flat)
 
     # --- what it was like
 
@@ -401,6 +404,18 @@ class RolloutBatches:
                     **rollout.parts,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _distinct(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Without those that teach nothing, being as good as all others of their group; equal ones are read again once."""
+    kept: dict[Any, Rollout] = {}
+    for rollout in rollouts:
+        if bool(rollout.advantages.any()):
+            ids, worth = rollout.prompt + rollout.info.ids, float(rollout.advantages[0])
+            same = (tuple(ids), rollout.info.finish_reason, rollout.begun, worth)
+            if kept.setdefault(same, rollout) is not rollout:
+                kept[same].copies += 1
+    return list(kept.values())
 
 
 def _readable(rollout: Rollout) -> list[str]:
