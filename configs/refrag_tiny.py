@@ -17,14 +17,17 @@ num_steps = 600
 init_lr_frac = 1.0
 matrix_lr = 0.01  # at .02 a model this small forgets how to look things up
 warmdown_frac = 0.3
-eval_every = 150
+eval_every = 60
 log_every = 20
 
-# by reward
-rl_steps = 100
-rl_lr_frac = 0.03
-group_size = 5
+# by reward: answers that were right teach, wrong ones differ in too many ways (docs/lab_notes.md)
+rl_steps = 120
+rl_lr_frac = 0.3
+negative_weight = 0.0
+reward_metric = "em"
+kl = 0.0
+group_size = 8
 queries_per_step = 16
 rollout_batch_size = 16
 eval_questions = 200
-save_every = 50
+save_every = 60

@@ -81,7 +81,8 @@ class Optimizers:
         scalar_lr: float = 0.005,
         weight_decay: float = 0.0,
     ):
-        groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
+        kinds = ("matrix", "embed", "head", "scalar", "value")
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in kinds}
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
@@ -89,11 +90,14 @@ class Optimizers:
                 kind = "embed"
             elif name.startswith("lm_head."):
                 kind = "head"
+            elif name.startswith("value_head."):
+                kind = "value"
             else:
                 kind = "matrix" if p.ndim == 2 and name.endswith("proj.weight") else "scalar"
             groups[kind].append((name, p))
         width_scale = (model.config.d_model / 768) ** -0.5  # AdamW's rates were tuned at width 768 (nanochat)
         rates = {"embed": embed_lr * width_scale, "head": head_lr * width_scale, "scalar": scalar_lr}
+        rates["value"] = matrix_lr  # a critic begins at nothing while all else is trained
         adam = [{"params": [p for _, p in groups[k]], "lr": rates[k]} for k in rates if groups[k]]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)

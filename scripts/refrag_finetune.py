@@ -85,6 +85,9 @@ class Config(TrainConfig, Settings):
     """Steps of it."""
     rl_lr_frac: float = 0.01
     """Scales every learning rate in it."""
+    rl_adamw_frac: float = 0.1
+    """Scales the rates of the embedding, the output layer, norms and the scan's own parameters in it once more: the steps
+    of AdamW are as large for noise as for what was learned, and what rewards say is mostly noise."""
     rollout_batch_size: int = 8
     """Answers in one forward pass on one device."""
     reward_answer: float = 0.6
@@ -250,6 +253,9 @@ def reinforce(
     phase = Phase("reinforce", batches, config.rl_steps, loss=batches.loss, figures=batches.step_figures)
     rl_config = replace(
         config,
+        embed_lr=config.embed_lr * config.rl_adamw_frac,
+        head_lr=config.head_lr * config.rl_adamw_frac,
+        scalar_lr=config.scalar_lr * config.rl_adamw_frac,
         num_steps=config.rl_steps,
         init_lr_frac=config.rl_lr_frac,
         device_batch_size=config.rollout_batch_size,

@@ -59,8 +59,9 @@ class Settings:
     scale_advantages: bool = True
     """grpo: divide by the group's standard deviation."""
     negative_weight: float = 1.0
-    """grpo: weight of answers worse than their group's mean. Below 1, larger steps hold: pulling a good answer up ends
-    where it is certain, pushing a bad one down ends nowhere (Arnal et al. 2025, arXiv 2506.20520)."""
+    """Weight of answers worse than their group's mean (ppo: of tokens worse than expected). Below 1, larger steps hold:
+    pulling a good answer up ends where it is certain, pushing a bad one down ends nowhere (Arnal et al. 2025, arXiv
+    2506.20520)."""
     branch: bool = False
     """grpo: each group goes on from a point of an answer drawn before, its beginning or behind one of its searches, and
     learns what is written up to the next search: what came before is the same for all and judged by its own groups
@@ -138,7 +139,9 @@ def look_back(
     states = model(tokens, states=True)[:, :-1][actions]
     logp = model.lm_head(states).float().log_softmax(-1)
     taken = logp.gather(-1, tokens[:, 1:][actions].unsqueeze(-1)).squeeze(-1)
-    values = model.value_head(states).float().squeeze(-1) if model.value_head is not None else None
+    values = None
+    if model.value_head is not None:  # the critic reads the policy's states and does not pull at them
+        values = model.value_head(states.detach()).float().squeeze(-1)
     all_of_them = logp if learn_entropy else logp.detach()
     return taken, -(all_of_them.exp() * all_of_them).sum(-1), values
 
@@ -315,15 +318,18 @@ class RolloutBatches:
             rollout.advantages, rollout.targets = gae(arriving, rollout.values, 1.0, self.settings.gae_lambda)
         together = torch.cat([rollout.advantages for rollout in self.rollouts])
         for rollout in self.rollouts:
-            rollout.advantages = (rollout.advantages - together.mean()) / (together.std(unbiased=False) + 1e-4)
+            scaled = (rollout.advantages - together.mean()) / (together.std(unbiased=False) + 1e-4)
+            rollout.advantages = self._weighed(scaled)
+
+    def _weighed(self, advantages: Tensor) -> Tensor:
+        return torch.where(advantages < 0, self.settings.negative_weight * advantages, advantages)
 
     def judge(self) -> None:
         """One advantage for all tokens that an answer learns, from the rewards; those of a group stand together."""
         s = self.settings
         rewards = torch.tensor([rollout.reward for rollout in self.rollouts])
         if s.algorithm == "grpo":
-            rewards = group_advantages(rewards.view(-1, s.group_size), s.scale_advantages).flatten()
-            rewards = torch.where(rewards < 0, s.negative_weight * rewards, rewards)
+            rewards = self._weighed(group_advantages(rewards.view(-1, s.group_size), s.scale_advantages).flatten())
         else:
             rewards = rewards.clamp_min(0.0)
         for rollout, worth in zip(self.rollouts, rewards.tolist(), strict=True):
