@@ -86,8 +86,8 @@ class Config(TrainConfig, Settings):
     rl_lr_frac: float = 0.01
     """Scales every learning rate in it."""
     rl_adamw_frac: float = 0.1
-    """Scales the rates of the embedding, the output layer, norms and the scan's own parameters in it once more: the steps
-    of AdamW are as large for noise as for what was learned, and what rewards say is mostly noise."""
+    """Scales the rates of embedding, output layer, norms and the scan's own parameters in it once more: AdamW's steps
+    are as large for noise as for what was learned, and what rewards say is mostly noise."""
     rollout_batch_size: int = 8
     """Answers in one forward pass on one device."""
     reward_answer: float = 0.6
