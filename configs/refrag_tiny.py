@@ -20,14 +20,14 @@ warmdown_frac = 0.3
 eval_every = 60
 log_every = 20
 
-# by reward: answers that were right teach, wrong ones differ in too many ways (docs/lab_notes.md)
+# by reward: right answers teach, wrong ones differ in too many ways (docs/lab_notes.md)
 rl_steps = 120
 rl_lr_frac = 0.3
 negative_weight = 0.0
 reward_metric = "em"
 kl = 0.0
 group_size = 8
-queries_per_step = 16
+queries_per_step = 32
 rollout_batch_size = 16
 eval_questions = 200
 save_every = 60

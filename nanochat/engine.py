@@ -88,14 +88,17 @@ class PrefixCache:
 
 
 class Batch:
-    """Requests decoded together. New ones join between two steps, as soon as `join_at` rows are free, and rows that
-    have ended leave: nobody waits for the longest answer (Orca, Yu et al. 2022)."""
+    """Requests decoded together. New ones join between two steps, as soon as `join_at` of `max_rows` are free, and
+    those that have ended leave: nobody waits for the longest answer (Orca, Yu et al. 2022). Requests that have the same
+    tokens so far are one row, which is read and decoded once, until they draw different ones: several answers to one
+    question cost little more than where they differ."""
 
     def __init__(self, engine: Engine, max_rows: int = 32, join_at: int = 1):
+        """max_rows: requests on their way at a time, and so the most rows."""
         self.engine, self.max_rows, self.join_at = engine, max_rows, min(join_at, max_rows)
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self.searching: list[tuple[list[Request], Cache]] = []  # rows that wait for documents, as they came
+        self.running: list[Row] = []
+        self.searching: list[tuple[list[Row], Cache]] = []  # rows that wait for documents, as they came
         self._cache: Cache | None = None
         self._last: Tensor | None = None  # the running rows' newest tokens, not read yet
 
@@ -106,26 +109,31 @@ class Batch:
     @torch.inference_mode()
     def drop(self, request: Request) -> None:
         """Give a request up, wherever it is."""
-        for at, (requests, cache) in enumerate(self.searching):
-            if request in requests:
-                keep = [i for i, other in enumerate(requests) if other is not request]
-                rest = [([requests[i] for i in keep], cache.select(self._index(keep)))] if keep else []
-                self.searching[at : at + 1] = rest
-                return
         if request in self.waiting:
             self.waiting.remove(request)
-        elif request in self.running:
-            self._leave([self.running.index(request)])
+            return
+        for row in [*self.running, *(row for rows, _ in self.searching for row in rows)]:
+            if request in row and len(row) > 1:
+                row.remove(request)
+                return
+        for at, (rows, cache) in enumerate(self.searching):
+            if [request] in rows:
+                keep = [i for i, row in enumerate(rows) if row != [request]]
+                rest = [([rows[i] for i in keep], cache.select(self._index(keep)))] if keep else []
+                self.searching[at : at + 1] = rest
+                return
+        if [request] in self.running:
+            self._leave([self.running.index([request])])
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """One more token for every running row, or the first for those that join or have searched; returns the rows
+        """One more token for every running request, or the first for those that join or have searched; returns those
         that got one. Empty when there is nothing left to do."""
         joining, resuming = [], []
-        searching = sum(len(requests) for requests, _ in self.searching)
-        free = self.max_rows - len(self.running) - searching
+        searching = sum(len(row) for rows, _ in self.searching for row in rows)
+        free = self.max_rows - sum(map(len, self.running)) - searching
         if self.waiting and (not self.running or free >= self.join_at):
-            joining = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+            joining = _rows([self.waiting.popleft() for _ in range(min(free, len(self.waiting)))])
         if searching and (searching >= self.join_at or not (self.running or joining)):
             resuming, self.searching = self.searching, []
         parts = []  # caches and logits of the rows that go on, then of those that have searched or join
@@ -134,27 +142,54 @@ class Batch:
             parts.append((self._cache, logits))
         if resuming:
             parts.append(self.engine.resume(resuming))
-            self.running = self.running + [request for requests, _ in resuming for request in requests]
+            self.running = self.running + [row for rows, _ in resuming for row in rows]
         if joining:
-            parts += self.engine.prefill(joining)
+            parts += self.engine.prefill([row[0] for row in joining])
             self.running = self.running + joining
         if not self.running:
             return []
         self._cache = parts[0][0] if len(parts) == 1 else Cache.join([cache for cache, _ in parts])
-        logits = torch.cat([logits for _, logits in parts])
-        rows = self.running
-        seen = [r.prompt + r.ids for r in rows] if any(r.sampling.repetition_penalty != 1 for r in rows) else None
-        for row, request in enumerate(rows):
-            if request.forbidden:
-                logits[row, request.forbidden] = -torch.inf
-        self._last = sample(logits, [r.sampling for r in rows], [r.draw() for r in rows], seen)
-        for request, token in zip(rows, self._last.tolist(), strict=True):
-            request.take(token, self.engine.end)
-        waiting = [i for i, request in enumerate(rows) if request.waiting and not request.finish_reason]
+        took = self._draw(torch.cat([logits for _, logits in parts]))
+        waiting = [i for i, row in enumerate(self.running) if row[0].waiting and not row[0].finish_reason]
         if waiting:
-            self.searching.append(([rows[i] for i in waiting], self._cache.select(self._index(waiting))))
-        self._leave([i for i, request in enumerate(rows) if request.finish_reason or request.waiting])
-        return rows
+            self.searching.append(([self.running[i] for i in waiting], self._cache.select(self._index(waiting))))
+        self._leave([i for i, row in enumerate(self.running) if row[0].finish_reason or row[0].waiting])
+        return took
+
+    def _draw(self, logits: Tensor) -> list[Request]:
+        """The next token of every request, from the logits (rows, V); rows whose requests draw different ones part."""
+        for at, row in enumerate(self.running):
+            if row[0].forbidden:
+                logits[at, row[0].forbidden] = -torch.inf
+        requests = [request for row in self.running for request in row]
+        if len(requests) > len(self.running):
+            logits = logits[self._index([at for at, row in enumerate(self.running) for _ in row])]
+        seen = None
+        if any(r.sampling.repetition_penalty != 1 for r in requests):
+            seen = [r.prompt + r.ids for r in requests]
+        drawn = iter(sample(logits, [r.sampling for r in requests], [r.draw() for r in requests], seen).tolist())
+        kept: list[Row] = []
+        parted: list[tuple[int, Row]] = []  # from which row
+        last, last_parted = [], []
+        for at, row in enumerate(self.running):
+            by_token: dict[int, Row] = {}
+            for request in row:
+                by_token.setdefault(next(drawn), []).append(request)
+            for token, members in by_token.items():
+                for request in members:
+                    request.take(token, self.engine.end)
+                if len(kept) == at:
+                    kept.append(members)
+                    last.append(token)
+                else:
+                    parted.append((at, members))
+                    last_parted.append(token)
+        if parted:
+            copies = self._cache.select(self._index([at for at, _ in parted]))
+            self._cache = Cache.join([self._cache, copies])
+        self.running = kept + [members for _, members in parted]
+        self._last = self._index(last + last_parted)
+        return requests
 
     def _index(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.engine.model.device)
@@ -165,7 +200,7 @@ class Batch:
             return
         if self.engine.prefixes is not None and self._cache is not None:
             for row in rows:
-                request, length = self.running[row], int(self._cache.lengths[row])
+                request, length = self.running[row][0], int(self._cache.lengths[row])
                 if request.waiting:
                     continue
                 state = self._cache.select(self._index([row]))
@@ -176,6 +211,20 @@ class Batch:
         order = self._cache.drop(rows)
         self.running = [self.running[row] for row in order]
         self._last = self._last[self._index(order)]
+
+
+Row = list[Request]  # that have the same tokens so far
+
+
+def _rows(requests: Sequence[Request]) -> list[Row]:
+    """Neighbours that begin alike stand in one row."""
+    rows: list[Row] = []
+    for request in requests:
+        if rows and rows[-1][0].goes_on_like(request):
+            rows[-1].append(request)
+        else:
+            rows.append([request])
+    return rows
 
 
 class Engine:
@@ -206,15 +255,16 @@ class Engine:
             parts.append((cache, self._read(cache, [prompt[int(cache.lengths[0]) :]])))
         return parts
 
-    def resume(self, groups: Sequence[tuple[list[Request], Cache]]) -> tuple[Cache, Tensor]:
+    def resume(self, groups: Sequence[tuple[list[Row], Cache]]) -> tuple[Cache, Tensor]:
         """Search for these rows and read what they found; their cache, and the logits after it."""
-        requests = [request for members, _ in groups for request in members]
-        blocks = look_up(requests)
+        rows = [row for members, _ in groups for row in members]
+        blocks = look_up(rows)
         cache = Cache.join([cache for _, cache in groups])
         began = time.perf_counter()
         logits = self._read(cache, blocks)
-        for request in requests:
-            request.hops[-1].read_seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        for request in (request for row in rows for request in row):
+            request.hops[-1].read_seconds = seconds
         return cache, logits
 
     def _end_of_documents(self, prompt: list[int]) -> int:

@@ -117,6 +117,16 @@ class Request:
         new._written = sum(new.mask)
         return new
 
+    def goes_on_like(self, other: Request) -> bool:
+        """Whether the other has the same tokens so far, and would go on in the same way if it drew the same ones."""
+        return (
+            self.ids == other.ids
+            and self.prompt == other.prompt
+            and replace(self.sampling, seed=0) == replace(other.sampling, seed=0)
+            and self.searching == other.searching
+            and (self._shown, self._number, self._written) == (other._shown, other._number, other._written)
+        )
+
     @property
     def forbidden(self) -> list[int]:
         """Tokens that must not come next."""
@@ -195,19 +205,26 @@ class Request:
         return [{"type": "text", "text": text}] if text else []
 
 
-def look_up(requests: Sequence[Request]) -> list[list[int]]:
-    """Search for what these requests wait for, all at once; what each has to read."""
+def look_up(rows: Sequence[Sequence[Request]]) -> list[list[int]]:
+    """Search for what these requests wait for, all at once; those of a row for the same. What each row has to read."""
     found: dict[int, list[Document]] = {}
     groups: dict[Any, list[int]] = {}  # who has the same retriever
-    for at, request in enumerate(requests):
+    for at, (request, *_) in enumerate(rows):
         if request.hops[-1].query:
             groups.setdefault(request.searching.search, []).append(at)
     for search, members in groups.items():
         began = time.perf_counter()
-        wanted = max(requests[at].searching.top_k_per_hop + len(requests[at]._shown) for at in members)
-        answers = search([requests[at].hops[-1].query for at in members], wanted)
+        leaders = [rows[at][0] for at in members]
+        wanted = max(request.searching.top_k_per_hop + len(request._shown) for request in leaders)
+        answers = search([request.hops[-1].query for request in leaders], wanted)
         seconds = time.perf_counter() - began
         for at, documents in zip(members, answers, strict=True):
             found[at] = documents
-            requests[at].hops[-1].search_seconds = seconds
-    return [request.show(found.get(at, [])) for at, request in enumerate(requests)]
+            for request in rows[at]:
+                request.hops[-1].search_seconds = seconds
+    blocks = []
+    for at, row in enumerate(rows):
+        for request in row:
+            block = request.show(found.get(at, []))
+        blocks.append(block)
+    return blocks

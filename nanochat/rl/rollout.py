@@ -262,12 +262,23 @@ class RolloutBatches:
         self._count()
         if self.log is not None and compute.is_main:
             self._write_log(iteration)
-        if s.algorithm != "ppo":
-            self.rollouts = _distinct(self.rollouts)
-        self.rollouts.sort(key=lambda r: len(r.prompt) + len(r.info.ids))  # so that little of a batch is padding
+        self.gather()
         self.look_back()
         self.model.train()
         self.collected = iteration
+
+    def gather(self) -> None:
+        """What has to be read again: equal answers of a group once, those that teach nothing not at all."""
+        s = self.settings
+        if s.algorithm != "ppo" and not s.kl and not s.entropy:  # as good as all others of their group
+            self.rollouts = [rollout for rollout in self.rollouts if rollout.advantages.any()]
+        kept: dict[Any, Rollout] = {}
+        for rollout in self.rollouts:
+            worth = rollout.advantages[:1].tolist()
+            same = (*rollout.prompt, *rollout.info.ids), rollout.info.finish_reason, rollout.begun, *worth
+            if kept.setdefault(same, rollout) is not rollout:
+                kept[same].copies += 1
+        self.rollouts = sorted(kept.values(), key=lambda r: len(r.prompt) + len(r.info.ids))  # little padding
 
     def _request(self, query: dict[str, Any], seed: str) -> Request:
         prompt = render_prompt({"messages": [{"role": "user", "content": query["query"]}]}, self.tokenizer)
@@ -316,10 +327,10 @@ class RolloutBatches:
             if len(arriving):
                 arriving[-1] = rollout.reward
             rollout.advantages, rollout.targets = gae(arriving, rollout.values, 1.0, self.settings.gae_lambda)
-        together = torch.cat([rollout.advantages for rollout in self.rollouts])
+        together = torch.cat([r.advantages.repeat(r.copies) for r in self.rollouts])
+        mean, deviation = together.mean(), together.std(unbiased=False)
         for rollout in self.rollouts:
-            scaled = (rollout.advantages - together.mean()) / (together.std(unbiased=False) + 1e-4)
-            rollout.advantages = self._weighed(scaled)
+            rollout.advantages = self._weighed((rollout.advantages - mean) / (deviation + 1e-4))
 
     def _weighed(self, advantages: Tensor) -> Tensor:
         return torch.where(advantages < 0, self.settings.negative_weight * advantages, advantages)
@@ -410,18 +421,6 @@ class RolloutBatches:
                     **rollout.parts,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _distinct(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Without those that teach nothing, being as good as all others of their group; equal ones are read again once."""
-    kept: dict[Any, Rollout] = {}
-    for rollout in rollouts:
-        if bool(rollout.advantages.any()):
-            ids, worth = rollout.prompt + rollout.info.ids, float(rollout.advantages[0])
-            same = (tuple(ids), rollout.info.finish_reason, rollout.begun, worth)
-            if kept.setdefault(same, rollout) is not rollout:
-                kept[same].copies += 1
-    return list(kept.values())
 
 
 def _readable(rollout: Rollout) -> list[str]:

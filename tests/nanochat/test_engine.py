@@ -250,6 +250,51 @@ def test_a_dropped_row_leaves_the_others_alone(engine):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+def test_answers_are_read_once_until_they_differ(pattern, small_tokenizer, make_model, monkeypatch):
+    """The same tokens as each alone, of far fewer read."""
+    model = make_model(small_tokenizer.vocab_size, pattern, noise=0.2).eval()
+    engine = Engine(model, small_tokenizer)
+    prompts = prompts_of([30, 30, 7], small_tokenizer.vocab_size)
+    read = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens, **kw: read.append(tokens.numel()) or forward(tokens, **kw))
+
+    def requests():
+        for at, prompt in enumerate(prompts):
+            for copy, size in enumerate((9, 9, 9, 4)):  # the last ends earlier, so it stands alone
+                sampling = Sampling(max_tokens=size, temperature=0.05, seed=10 * at + copy)
+                yield Request(prompt, sampling, small_tokenizer)
+
+    alone = list(requests())
+    for request in alone:
+        engine.run([request])
+    told_apart, read[:] = sum(read), []
+    together = list(requests())
+    engine.run(together, 16)
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    assert len({tuple(r.ids) for r in together[:3]}) > 1  # they part somewhere
+    assert sum(read) < 0.8 * told_apart
+    read[:] = []
+    greedy = [Request(prompts[0], Sampling(max_tokens=5), small_tokenizer) for _ in range(4)]
+    engine.run(greedy, 3)  # no more than three on their way at a time
+    assert read == [30, 1, 1, 1, 1] * 2
+
+
+def test_one_of_several_that_are_read_together_may_be_dropped(engine):
+    prompt = prompts_of([9], engine.tokenizer.vocab_size)[0]
+    batch = Batch(engine)
+    requests = [batch.add(Request(prompt, Sampling(max_tokens=6), engine.tokenizer)) for _ in range(3)]
+    batch.step()
+    batch.drop(requests[0])
+    batch.step()
+    batch.drop(requests[2])
+    while batch.step():
+        pass
+    assert [len(r.ids) for r in requests] == [1, 6, 2]
+    assert requests[1].ids == naive(engine.model, prompt, 6, engine.end)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_follow_up_reads_only_what_is_new(pattern, small_tokenizer, make_model, monkeypatch):
     model = make_model(small_tokenizer.vocab_size, pattern).eval()
     engine = Engine(model, small_tokenizer, prefix_bytes=1 << 20)

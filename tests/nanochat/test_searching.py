@@ -172,10 +172,15 @@ def test_one_search_for_all_that_wait(scripted, engine):
         asked.append((len(queries), top_k))
         return [[DOCUMENTS[0]] for _ in queries]
 
-    for _ in range(6):
+    for _ in range(7):
         scripted.write(("search", "bridge"), ("search", "Marrow"), "x")
-    engine.generate_from_conversations([QUESTION] * 6, 6, searching=Searching(search, top_k_per_hop=2), max_tokens=99)
-    assert asked == [(6, 2), (6, 3)]  # one more than wanted, as one may have been shown
+    questions = [{"messages": [{"role": "user", "content": f"{n}?"}]} for n in (1, 2, 3, 4, 5, 6, 6)]
+    found = engine.generate_from_conversations(
+        questions, 7, searching=Searching(search, top_k_per_hop=2), max_tokens=99
+    )
+    assert asked == [(6, 2), (6, 3)]  # one more than wanted, as one may have been shown; for the last two the same one
+    first, second = found[-2][1], found[-1][1]
+    assert first.ids == second.ids and first.hops == second.hops and first.hops is not second.hops
 
 
 def test_what_was_read_is_reused_after_searches_too(make_model, small_tokenizer, scripted, manager):

@@ -15,7 +15,7 @@ from nanochat.common import Compute, UserError
 from nanochat.engine import Generation
 from nanochat.rl.grpo import clipped_loss, group_advantages, kl_estimate
 from nanochat.rl.ppo import gae, value_loss
-from nanochat.rl.rollout import Rollout, RolloutBatches, Settings, _distinct, look_back
+from nanochat.rl.rollout import Rollout, RolloutBatches, Settings, look_back
 from nanochat.searching import Hop
 
 START, END, LETTERS, LENGTH = 5, 4, range(4), 3
@@ -264,29 +264,35 @@ def test_clipping_and_divergence():
     assert float(value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0]), 0.0)) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("settings", [{"algorithm": "grpo"}, {"algorithm": "weighted"}])
-def test_answers_that_teach_nothing_are_left_out_and_equal_ones_read_once(model, settings):
-    """Same gradient, divergence and entropy as with them; a step of nothing else has none."""
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [
+        ({"algorithm": "grpo"}, {3, 1}),  # four as good as each other teach nothing
+        ({"algorithm": "grpo", "kl": 0.1, "entropy": 0.1}, {3, 1, 4}),
+        ({"algorithm": "weighted", "kl": 0.1}, {3, 1, 4}),
+        ({"algorithm": "ppo", "kl": 0.1}, {3, 1, 4}),
+    ],
+)
+def test_what_is_read_again_teaches_what_all_answers_do(model, settings, copies):
+    """The same gradient, divergence and entropy as with every answer; a step of nothing has none."""
+    if settings["algorithm"] == "ppo":
+        model.add_value_head()
     one, other, third = drawn(model, 3, seed=3)
     assert len({tuple(r.info.ids) for r in (one, other, third)}) == 3
-    rewards = ((one, 1.0), (one, 1.0), (one, 1.0), (other, 0.0), (third, 0.5), (one, 0.5), (third, 0.0), (other, 0.0))
+    rewards = [(one, 1.0)] * 3 + [(other, 0.0)] + [(third, 0.5)] * 4
     reference = copy.deepcopy(model)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.9)
     gradients, figures = [], []
-    for left_out in (False, True):
-        made = batches(model, group_size=4, **settings)
-        made.settings = replace(made.settings, kl=0.1, entropy=0.1)
-        made.reference = reference
+    for gather in (False, True):
+        made = batches(model, group_size=4)
+        made.settings = replace(made.settings, **settings)
+        made.reference = reference if settings.get("kl") else None
         made.rollouts = [as_rollout(r.info.ids, r.info.finish_reason == "stop", reward) for r, reward in rewards]
         made.judge()
-        if settings["algorithm"] == "grpo":
-            made.rollouts = made.rollouts[:4]  # the others' gradient is not that of answers that were drawn
-        if left_out:
-            made.rollouts = _distinct(made.rollouts)
-            assert [r.copies for r in made.rollouts] == ([3, 1] if settings["algorithm"] == "grpo" else [3, 1, 1])
-        elif settings["algorithm"] == "weighted":
-            made.rollouts = [r for r in made.rollouts if r.advantages.any()]
+        if gather:
+            made.gather()
+            assert {r.copies for r in made.rollouts} == copies
         made.look_back()
         model.zero_grad()
         (made.loss(model, made.batch(made.rollouts, 8)) / 8).backward()
@@ -294,7 +300,8 @@ def test_answers_that_teach_nothing_are_left_out_and_equal_ones_read_once(model,
         made.figures = {"valid": 1.0}
         figures.append(made.step_figures())
     torch.testing.assert_close(*gradients)
-    assert figures[0] == pytest.approx(figures[1]) and figures[0]["kl"] > 0
+    if settings.get("kl"):
+        assert figures[0] == pytest.approx(figures[1]) and figures[0]["kl"] > 0
     nothing = made.batch([], 6)
     assert nothing.learned == 6
     loss = made.loss(model, nothing)
