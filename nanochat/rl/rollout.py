@@ -219,7 +219,9 @@ class RolloutBatches:
         self._sums = dict.fromkeys(self._sums, 0.0)
         figures = dict(self.figures)
         if tokens := sums["tokens"]:  # none: no answer was better or worse than the others
-            figures |= {"kl": sums["kl"] / tokens, "entropy": sums["entropy"] / tokens}
+            figures["entropy"] = sums["entropy"] / tokens
+            if self.reference is not None:
+                figures["kl"] = sums["kl"] / tokens
         for name, bound in (("valid", self.settings.min_valid), ("entropy", self.settings.min_entropy)):
             if figures.get(name, math.inf) < bound:
                 raise UserError(
