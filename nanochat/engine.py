@@ -319,7 +319,7 @@ class Engine:
 
     def run(self, requests: Sequence[Request], batch_size: int = 32) -> None:
         """All of them to their ends. Prompts of similar length are read together."""
-        batch = Batch(self, batch_size, join_at=max(1, batch_size // 4))
+        batch = Batch(self, batch_size, join_at=max(1, batch_size // 2))
         for request in sorted(requests, key=lambda r: len(r.prompt) + len(r.ids)):
             batch.add(request)
         while batch.step():
