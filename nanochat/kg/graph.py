@@ -5,8 +5,8 @@
     graph = Graph.load(Path("kg"))
     graph.text(0)  # "Hidil Dipur|born_in|Nisel"
 
-Every fact can be walked both ways: relation r + R is r read backwards. Without that most questions of two hops cannot be
-walked at all: facts point from films to people and never back.
+Every fact can be walked both ways: relation r + R is r read backwards. Without that most questions of two hops cannot
+be walked at all: facts point from films to people and never back.
 
     N entities, E facts, R relations
 """
