@@ -1,0 +1,229 @@
+"""A knowledge graph from files of facts, and what it has for a file of questions.
+
+    python -m scripts.kg_prepare build --triples data/rag_examples/graph.txt --graph data/kg
+    python -m scripts.kg_prepare coverage --graph data/kg --questions data/rag_examples/queries/multihop_train.jsonl
+    python -m scripts.kg_prepare mine --graph data/kg --questions questions.jsonl --output data/paths.jsonl
+    python -m scripts.kg_prepare subgraph --graph data/kg --questions questions.jsonl
+
+build: triples as subject|relation|object, with tabs, or N-Triples (Freebase's dump too). coverage: which entities of
+the questions and answers are not in the graph. mine: the shortest paths from a question's entities to its answers.
+subgraph: the facts around a question's entities, among which a retriever chooses: how many there are, and how many of
+the answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.common import UserError, print0, run_main
+from nanochat.config import load_config
+from nanochat.kg.coverage import Grounded, coverage, ground, most_missed
+from nanochat.kg.graph import Graph
+from nanochat.kg.linking import Linker
+from nanochat.kg.mining import Miner, neighbourhood
+from nanochat.kg.questions import read_questions
+from nanochat.kg.triples import read_facts
+from nanochat.retrieval.document import write_jsonl
+
+BATCH = 256  # questions that a process takes at a time
+
+
+@dataclass
+class Config:
+    """Prepare a knowledge graph."""
+
+    graph: Path = Path("data/kg")
+    """Folder of the graph."""
+    triples: list[Path] = field(default_factory=list)
+    """build: files of facts, separated by commas."""
+    questions: Path | None = None
+    """All others: a file of questions with answers."""
+    aliases: Path | None = None
+    """Other names of entities: alias<tab>name a line."""
+    num_questions: int = -1
+    """The first so many; -1: all."""
+    max_hops: int = 3
+    """Facts between a question's entities and its answers, at most."""
+    hub_degree: int = 100
+    """Entities of more facts are not gone through, if the question does not name them."""
+    max_facts: int = 4096
+    """subgraph: facts of one question, at most."""
+    output: Path | None = None
+    """mine, subgraph: a JSONL file of what was found for each question."""
+    processes: int = 0
+    """0: one for each core."""
+
+
+def build(config: Config) -> None:
+    if not config.triples:
+        raise UserError("give --triples FILE")
+    began = time.perf_counter()
+    facts = read_facts(config.triples)
+    print0(facts.report)
+    Graph.build(facts).save(config.graph)
+    print0(f"wrote {config.graph} in {time.perf_counter() - began:.1f} s")
+    print0(f"next: python -m scripts.kg_prepare coverage --graph {config.graph} --questions FILE")
+
+
+def show_coverage(config: Config) -> None:
+    grounded = grounded_questions(config, Graph.load(config.graph))
+    figures = coverage(grounded)
+    print0(f"questions                    {len(grounded):,}")
+    for name, what in (
+        ("with_topic", "that name an entity"),
+        ("with_all_answers", "with all answers"),
+        ("with_any_answer", "with an answer"),
+        ("answers", "of all answers"),
+    ):
+        print0(f"{what:28} {figures[name]:.2%}")
+    for name, count in most_missed(grounded):
+        print0(f"not in the graph: {name!r}, {count:,} times")
+    for one in itertools.islice((one for one in grounded if not one.topics), 3):
+        print0(f"names no entity: {one.question.where}: {one.question.text!r}")
+
+
+def mine(config: Config) -> None:
+    graph, records, seconds = over_questions(config, _mine)
+    reached = [hops for record in records for hops in record["hops"]]
+    facts = [len(record["facts"]) for record in records if record["facts"]]
+    print0(f"{len(records):,} questions in {seconds:.1f} s, {len(records) / seconds:,.0f} a second")
+    print0(f"answers reached: {sum(hops >= 0 for hops in reached) / max(1, len(reached)):.2%}")
+    for hops in sorted(set(reached) - {-1}):
+        print0(f"  after {hops} facts: {reached.count(hops) / len(reached):.2%}")
+    print0(f"facts on the shortest paths of a question: {statistics.median(facts) if facts else 0:.0f} (median)")
+    write(config, graph, records)
+
+
+def subgraph(config: Config) -> None:
+    graph, records, seconds = over_questions(config, _subgraph)
+    sizes = sorted(record["size"] for record in records)
+    recalls = [record["answer_recall"] for record in records if record["answers"]]
+    print0(f"{len(records):,} questions in {seconds:.1f} s, {len(records) / seconds:,.0f} a second")
+    print0(f"facts of a question: {statistics.median(sizes):,.0f} (median), {sizes[-1]:,} at most")
+    print0(f"cut off at --max_facts {config.max_facts}: {sum(r['cut'] for r in records) / len(records):.2%}")
+    print0(f"answers among them: {statistics.mean(recalls) if recalls else 0:.2%}")
+    write(config, graph, records)
+
+
+_COMMANDS = {"build": build, "coverage": show_coverage, "mine": mine, "subgraph": subgraph}
+
+
+# --- over all questions
+
+
+def grounded_questions(config: Config, graph: Graph) -> list[Grounded]:
+    if config.questions is None:
+        raise UserError("give --questions FILE")
+    questions = read_questions(config.questions)
+    if config.num_questions >= 0:
+        questions = questions[: config.num_questions]
+    linker = Linker(graph, read_aliases(config.aliases) if config.aliases else ())
+    return [ground(question, linker) for question in questions]
+
+
+def read_aliases(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    for number, line in enumerate(lines, 1):
+        alias, tab, name = line.partition("\t")
+        if line.strip() and not (tab and alias.strip() and name.strip()):
+            raise UserError(f"{path}:{number}: {line[:80]!r} is not alias<tab>name")
+        if line.strip():
+            yield alias.strip(), name.strip()
+
+
+def over_questions(config: Config, work: Callable[[Sequence[Grounded]], list[dict]]) -> tuple[Graph, list[dict], float]:
+    """What `work` finds for all questions, in their order, and the seconds that took."""
+    graph = Graph.load(config.graph)
+    grounded = grounded_questions(config, graph)
+    batches = [grounded[at : at + BATCH] for at in range(0, len(grounded), BATCH)]
+    processes = min(config.processes or os.cpu_count() or 1, len(batches))
+    began = time.perf_counter()
+    if processes <= 1:
+        _begin(config)
+        found = map(work, batches)
+        records = list(itertools.chain.from_iterable(found))
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes, _begin, (config,)) as pool:
+            pool.map(_nothing, range(processes))  # all are there before the clock runs
+            began = time.perf_counter()
+            records = list(itertools.chain.from_iterable(pool.imap(work, batches)))
+    return graph, records, time.perf_counter() - began
+
+
+_OWN: dict[str, object] = {}  # of a process: its settings, graph and miner
+
+
+def _begin(config: Config) -> None:
+    graph = Graph.load(config.graph)
+    _OWN.update(config=config, graph=graph, miner=Miner(graph, config.max_hops, config.hub_degree))
+
+
+def _nothing(_: int) -> None:
+    pass
+
+
+def _record(one: Grounded) -> dict:
+    return {"id": one.question.id, "topics": one.topics, "answers": one.answers}
+
+
+def _mine(grounded: Sequence[Grounded]) -> list[dict]:
+    records = []
+    for one in grounded:
+        paths = _OWN["miner"].mine(one.topics, one.answers)
+        records.append(_record(one) | {"hops": paths.hops.tolist(), "facts": paths.facts.tolist()})
+    return records
+
+
+def _subgraph(grounded: Sequence[Grounded]) -> list[dict]:
+    config, graph = _OWN["config"], _OWN["graph"]
+    records = []
+    for one in grounded:
+        around = neighbourhood(graph, one.topics, config.max_hops, config.hub_degree, config.max_facts)
+        ends = np.concatenate([graph.heads[around.facts], graph.tails[around.facts]])
+        among = float(np.isin(one.answers, ends).mean()) if one.answers else 0.0
+        found = {"size": len(around.facts), "cut": not around.complete, "answer_recall": among}
+        records.append(_record(one) | found | ({"facts": around.facts.tolist()} if config.output else {}))
+    return records
+
+
+def write(config: Config, graph: Graph, records: list[dict]) -> None:
+    """Facts and entities by name: the file is for reading, training finds them anew."""
+    if config.output is None:
+        return
+    for record in records:
+        for name in ("topics", "answers"):
+            record[name] = [graph.name(entity) for entity in record[name]]
+        record["facts"] = [graph.text(fact) for fact in record["facts"]]
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(config.output, records)
+    print0(f"wrote {config.output}")
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    command = argv.pop(0) if argv and argv[0] in _COMMANDS else ""
+    config = load_config(
+        Config, argv, prog=f"python -m scripts.kg_prepare {command or '{' + ','.join(_COMMANDS) + '}'}"
+    )
+    if not command:
+        raise UserError(
+            f"say what to do: python -m scripts.kg_prepare {'|'.join(_COMMANDS)} ...; --help lists the settings"
+        )
+    _COMMANDS[command](config)
+
+
+if __name__ == "__main__":
+    run_main(main)

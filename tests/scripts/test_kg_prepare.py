@@ -1,0 +1,108 @@
+"""python -m scripts.kg_prepare, run as a user runs it, on the example world."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.kg.graph import Graph
+from scripts import kg_prepare
+from tasks.example_world import generate_world
+
+REPOSITORY = Path(kg_prepare.__file__).parents[1]
+
+
+def run(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.kg_prepare", *map(str, argv)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def printed(*argv: str | Path) -> str:
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("kg")
+    world = generate_world(200)
+    (folder / "graph.txt").write_text("".join("|".join(fact) + "\n" for fact in world.triples) + "no fact\n")
+    questions = [json.dumps(question) + "\n" for split in ("train", "test") for question in world.multihop[split]]
+    questions.append('{"id": "x", "query": "who is Nobody Atall?", "answers": ["Nothing"], "doc_ids": []}\n')
+    (folder / "questions.jsonl").write_text("".join(questions))
+    text = printed("build", "--triples", folder / "graph.txt", "--graph", folder / "kg")
+    assert re.search(r"left out: 1 lines that are no fact \(graph.txt:\d+: 'no fact'\)", text)
+    return folder
+
+
+def test_the_example_world(home):
+    graph = Graph.load(home / "kg")
+    common = ("--graph", home / "kg", "--questions", home / "questions.jsonl")
+    text = printed("coverage", *common)
+    count = len((home / "questions.jsonl").read_text().splitlines())
+    assert f"of all answers               {(count - 1) / count:.2%}" in text
+    assert "not in the graph: 'Nothing', 1 times" in text and "'who is Nobody Atall?'" in text
+    text = printed("mine", *common, "--output", home / "paths.jsonl", "--processes", 2)
+    assert f"answers reached: {(count - 1) / (count - 1):.2%}" in text
+    records = [json.loads(line) for line in (home / "paths.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (home / "questions.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == [question["id"] for question in questions]
+    direct = 0
+    for record, question in zip(records[:-1], questions[:-1], strict=True):
+        assert record["answers"] == question["answers"] and record["topics"][0] in question["query"]
+        assert 1 <= min(record["hops"]) <= len(question["hops"])  # there may be a shorter way, not a longer
+        if record["hops"] == [len(question["hops"])]:
+            direct += 1
+            relation = question["id"].rpartition("_")[2]
+            assert any(record["answers"][0] in fact.split("|") and relation in fact for fact in record["facts"])
+    assert direct > len(records) / 2
+    assert records[-1] == {"id": "x", "topics": [], "answers": [], "hops": [], "facts": []}
+    text = printed("subgraph", *common, "--output", home / "around.jsonl", "--max_facts", 50)
+    around = [json.loads(line) for line in (home / "around.jsonl").read_text().splitlines()]
+    assert max(record["size"] for record in around) == 50 and any(record["cut"] for record in around)
+    assert all(len(record["facts"]) == record["size"] for record in around)
+    assert graph.find(around[0]["topics"][0]) is not None
+    one = printed("mine", *common, "--output", home / "again.jsonl", "--processes", 1, "--num_questions", 20)
+    assert "20 questions" in one
+    assert (home / "again.jsonl").read_text().splitlines() == (home / "paths.jsonl").read_text().splitlines()[:20]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "say what to do"),
+        (("build",), "give --triples FILE"),
+        (("mine", "--graph", "nothing"), "nothing is no graph: .* build it with scripts.kg_prepare"),
+        (("coverage", "--graph", "{home}/kg"), "give --questions FILE"),
+        (("coverage", "--graph", "{home}/kg", "--questions", "{home}/none.jsonl"), "none.jsonl: No such file"),
+        (
+            (
+                "coverage",
+                "--graph",
+                "{home}/kg",
+                "--questions",
+                "{home}/questions.jsonl",
+                "--aliases",
+                "{home}/graph.txt",
+            ),
+            "graph.txt:1: .* is not alias<tab>name",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(home, argv, message):
+    done = run(*(part.format(home=home) for part in argv))
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert re.search(message, done.stderr), done.stderr
