@@ -174,6 +174,8 @@ def train_system(config: Config, base: Path, name: str, seed: int) -> None:
     by_reward = SYSTEMS[name] == "refrag:refrag_rl"
     (base / "checkpoints").mkdir(parents=True, exist_ok=True)
     source = base.parent / "sft" if by_reward else config.home
+    if by_reward and not (source / "trained").exists():
+        raise UserError(f"{name} begins where sft ended: --systems sft,{name}")
     for stage in ("rag", "refrag") if by_reward else ("mid", "rag"):
         shutil.copytree(source / "checkpoints" / stage, base / "checkpoints" / stage, dirs_exist_ok=True)
     questions = examples / "queries/multihop_train.jsonl"

@@ -87,6 +87,9 @@ class PrefixCache:
         return sum(cache.nbytes for cache in self.states.values())
 
 
+Row = list[Request]  # that have the same tokens so far
+
+
 class Batch:
     """Requests decoded together. New ones join between two steps, as soon as `join_at` of `max_rows` are free, and
     those that have ended leave: nobody waits for the longest answer (Orca, Yu et al. 2022). Requests that have the same
@@ -211,9 +214,6 @@ class Batch:
         order = self._cache.drop(rows)
         self.running = [self.running[row] for row in order]
         self._last = self._last[self._index(order)]
-
-
-Row = list[Request]  # that have the same tokens so far
 
 
 def _rows(requests: Sequence[Request]) -> list[Row]:

@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,14 +144,3 @@ class Graph:
         if about.get("format") != FORMAT:
             raise UserError(f"{directory} has format {about.get('format')}, this program reads {FORMAT}; build it anew")
         return cls(*arrays, about["relations"])
-
-
-def induced(graph: Graph, facts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The entities (n,) of these facts, and heads and tails (F,) as places among them."""
-    entities, places = np.unique(np.concatenate([graph.heads[facts], graph.tails[facts]]), return_inverse=True)
-    return entities, places[: len(facts)], places[len(facts) :]
-
-
-def entities_named(graph: Graph, names: Sequence[str]) -> list[int]:
-    """Those of the names that are in the graph."""
-    return [entity for name in names if (entity := graph.find(name)) is not None]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nanochat.common import UserError
-from nanochat.kg.graph import Graph, entities_named, induced
+from nanochat.kg.graph import Graph
 from nanochat.kg.mining import Miner, neighbourhood
 from nanochat.kg.triples import read_facts
 
@@ -44,7 +44,6 @@ def test_the_arrays_say_what_the_facts_say(make_graph, tmp_path):
         assert len(one) == len({one.name(v) for v in range(len(one))})
         assert all(one.find(one.name(v)) == v for v in range(len(one)))
         assert one.find("é") is one.find("zzz") is one.find("") is None
-        assert entities_named(one, [one.name(3), "nobody", one.name(1)]) == [3, 1]
         walked = defaultdict(list)
         for fact in range(one.num_facts):
             assert one.text(fact).count("|") == 2
@@ -58,9 +57,6 @@ def test_the_arrays_say_what_the_facts_say(make_graph, tmp_path):
             assert one.degrees[v] == len(walked[v])
         together = one.edges_of(np.array([5, 2]))
         assert together.tolist() == [*one.edges_of(np.array([5])), *one.edges_of(np.array([2]))]
-    entities, heads, tails = induced(graph, np.array([3, 7]))
-    assert entities[heads].tolist() == graph.heads[[3, 7]].tolist()
-    assert entities[tails].tolist() == graph.tails[[3, 7]].tolist()
 
 
 def test_no_graph(tmp_path, make_graph):
