@@ -10,6 +10,7 @@ rows beside it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,9 +102,9 @@ class Batch:
         self.engine, self.max_rows, self.join_at = engine, max_rows, min(join_at, max_rows)
         self.waiting: deque[Request] = deque()
         self.running: list[Row] = []
-        self.searching: list[tuple[list[Row], Cache]] = []  # rows that wait for documents, as they came
-        self._cache: Cache | None = None
-        self._last: Tensor | None = None  # the running rows' newest tokens, not read yet
+        self.searching: list[Row] = []  # that wait for documents
+        self._cache: Cache | None = None  # of the running rows, then of those that wait
+        self._last: list[int] = []  # the running rows' newest tokens, not read yet
 
     def add(self, request: Request) -> Request:
         self.waiting.append(request)
@@ -115,105 +116,129 @@ class Batch:
         if request in self.waiting:
             self.waiting.remove(request)
             return
-        for row in [*self.running, *(row for rows, _ in self.searching for row in rows)]:
-            if request in row and len(row) > 1:
+        R = len(self.running)
+        for at, row in enumerate([*self.running, *self.searching]):
+            if request in row:
+                if row == [request] and at < R:
+                    self._keep(at, request)
                 row.remove(request)
+                running = [(at, row, last) for at, (row, last) in enumerate(zip(self.running, self._last, strict=True))]
+                searching = list(enumerate(self.searching, R))
+                self._arrange([place for place in running if place[1]], [place for place in searching if place[1]])
                 return
-        for at, (rows, cache) in enumerate(self.searching):
-            if [request] in rows:
-                keep = [i for i, row in enumerate(rows) if row != [request]]
-                rest = [([rows[i] for i in keep], cache.select(self._index(keep)))] if keep else []
-                self.searching[at : at + 1] = rest
-                return
-        if [request] in self.running:
-            self._leave([self.running.index([request])])
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """One more token for every running request, or the first for those that join or have searched; returns those
         that got one. Empty when there is nothing left to do."""
-        joining, resuming = [], []
-        searching = sum(len(row) for rows, _ in self.searching for row in rows)
+        joining: list[Row] = []
+        searching = sum(map(len, self.searching))
         free = self.max_rows - sum(map(len, self.running)) - searching
         if self.waiting and (not self.running or free >= self.join_at):
             joining = _rows([self.waiting.popleft() for _ in range(min(free, len(self.waiting)))])
-        if searching and (searching >= self.join_at or not (self.running or joining)):
-            resuming, self.searching = self.searching, []
-        parts = []  # caches and logits of the rows that go on, then of those that have searched or join
-        if self.running:
-            logits = self.engine.model(self._last.unsqueeze(-1), cache=self._cache, last_only=True)
-            parts.append((self._cache, logits))
-        if resuming:
-            parts.append(self.engine.resume(resuming))
-            self.running = self.running + [row for rows, _ in resuming for row in rows]
+        R, held = len(self.running), len(self.running) + len(self.searching)
+        # rows with their places in the cache: those that get a token, in the order of their logits, and those that wait
+        going, staying = list(enumerate(self.running)), list(enumerate(self.searching, R))
+        logits = []
+        if going:
+            logits.append(self.engine.read_next(self._last, self._cache.rows(0, R, room=1)))
+        if staying and (searching >= self.join_at or not (going or joining)):
+            logits += self._resume()
+            going, staying = going + list(enumerate(self.searching, R)), []
         if joining:
-            parts += self.engine.prefill([row[0] for row in joining])
-            self.running = self.running + joining
-        if not self.running:
+            for cache, after in self.engine.prefill([row[0] for row in joining]):
+                logits.append(after)
+                if self._cache is None:
+                    self._cache = cache
+                else:
+                    self._cache.append(cache)
+            going += enumerate(joining, held)
+        if not going:
             return []
-        self._cache = parts[0][0] if len(parts) == 1 else Cache.join([cache for cache, _ in parts])
-        took = self._draw(torch.cat([logits for _, logits in parts]))
-        waiting = [i for i, row in enumerate(self.running) if row[0].waiting and not row[0].finish_reason]
-        if waiting:
-            self.searching.append(([self.running[i] for i in waiting], self._cache.select(self._index(waiting))))
-        self._leave([i for i, row in enumerate(self.running) if row[0].finish_reason or row[0].waiting])
-        return took
+        requests = [request for _, row in going for request in row]
+        running = []
+        for at, row, token in self._draw(torch.cat(logits), going):
+            if row[0].waiting and not row[0].finish_reason:
+                staying.append((at, row))
+            elif row[0].finish_reason:
+                self._keep(at, row[0])
+            else:
+                running.append((at, row, token))
+        self._arrange(running, staying)
+        return requests
 
-    def _draw(self, logits: Tensor) -> list[Request]:
-        """The next token of every request, from the logits (rows, V); rows whose requests draw different ones part."""
-        for at, row in enumerate(self.running):
+    def _resume(self) -> list[Tensor]:
+        """Search for all rows that wait and read what was found; the logits after it."""
+        R, blocks = len(self.running), look_up(self.searching)
+        began = time.perf_counter()
+        # rows that read as much stand side by side
+        order = sorted(range(len(blocks)), key=lambda at: len(blocks[at]))
+        self._cache.arrange([*range(R), *(R + at for at in order)])
+        self.searching = [self.searching[at] for at in order]
+        logits = []
+        for start, end in self.engine.groups([len(blocks[at]) for at in order]):
+            to_read = [blocks[at] for at in order[start:end]]
+            logits.append(self.engine.read(self._cache.rows(R + start, R + end, room=len(to_read[-1])), to_read))
+        seconds = time.perf_counter() - began
+        for request in (request for row in self.searching for request in row):
+            request.hops[-1].read_seconds = seconds
+        return logits
+
+    def _draw(self, logits: Tensor, places: list[tuple[int, Row]]) -> list[tuple[int, Row, int]]:
+        """The next token of every request, from the logits (rows, V): rows with their places and tokens. Rows whose
+        requests draw different ones part, and the parts have the same place."""
+        rows = [row for _, row in places]
+        for at, row in enumerate(rows):
             if row[0].forbidden:
                 logits[at, row[0].forbidden] = -torch.inf
-        requests = [request for row in self.running for request in row]
-        if len(requests) > len(self.running):
-            logits = logits[self._index([at for at, row in enumerate(self.running) for _ in row])]
+        requests = [request for row in rows for request in row]
+        if len(requests) > len(rows):
+            logits = logits[[at for at, row in enumerate(rows) for _ in row]]
         seen = None
         if any(r.sampling.repetition_penalty != 1 for r in requests):
             seen = [r.prompt + r.ids for r in requests]
         drawn = iter(sample(logits, [r.sampling for r in requests], [r.draw() for r in requests], seen).tolist())
-        kept: list[Row] = []
-        parted: list[tuple[int, Row]] = []  # from which row
-        last, last_parted = [], []
-        for at, row in enumerate(self.running):
+        parts = []
+        for place, row in places:
             by_token: dict[int, Row] = {}
             for request in row:
                 by_token.setdefault(next(drawn), []).append(request)
             for token, members in by_token.items():
                 for request in members:
                     request.take(token, self.engine.end)
-                if len(kept) == at:
-                    kept.append(members)
-                    last.append(token)
-                else:
-                    parted.append((at, members))
-                    last_parted.append(token)
-        if parted:
-            copies = self._cache.select(self._index([at for at, _ in parted]))
-            self._cache = Cache.join([self._cache, copies])
-        self.running = kept + [members for _, members in parted]
-        self._last = self._index(last + last_parted)
-        return requests
+                parts.append((place, members, token))
+        return parts
 
-    def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.long, device=self.engine.model.device)
+    def _keep(self, place: int, request: Request) -> None:
+        """What a row that leaves has read, for a prompt that goes on from there."""
+        if self.engine.prefixes is not None:
+            state = self._cache.select(torch.tensor([place], device=self.engine.model.device))
+            self.engine.prefixes.put((request.prompt + request.ids)[: state.max_length], state)
 
-    def _leave(self, rows: list[int]) -> None:
-        """Let these rows go; what they have read is kept for a prompt that goes on from there."""
-        if not rows:
-            return
-        if self.engine.prefixes is not None and self._cache is not None:
-            for row in rows:
-                request, length = self.running[row][0], int(self._cache.lengths[row])
-                if request.waiting:
-                    continue
-                state = self._cache.select(self._index([row]))
-                self.engine.prefixes.put((request.prompt + request.ids)[:length], state)
-        if len(rows) == len(self.running):
-            self.running, self._cache, self._last = [], None, None
-            return
-        order = self._cache.drop(rows)
-        self.running = [self.running[row] for row in order]
-        self._last = self._last[self._index(order)]
+    def _arrange(self, running: list[tuple[int, Row, int]], searching: list[tuple[int, Row]]) -> None:
+        """Only these rows are left; the running ones stand first in the cache."""
+        running, searching = _settled(running, 0), _settled(searching, len(running))
+        self.running = [row for _, row, _ in running]
+        self._last = [token for _, _, token in running]
+        self.searching = [row for _, row in searching]
+        order = [place[0] for place in (*running, *searching)]
+        if not order:
+            self._cache = None
+        elif order != list(range(len(self._cache))):
+            self._cache.arrange(order)
+
+
+def _settled(places: list, first: int) -> list:
+    """The same in an order for the places from `first` on, in which those that can do stay where they are."""
+    settled, moving = [None] * len(places), []
+    for place in places:
+        at = place[0] - first
+        if 0 <= at < len(places) and settled[at] is None:
+            settled[at] = place
+        else:
+            moving.append(place)
+    rest = iter(moving)
+    return [next(rest) if place is None else place for place in settled]
 
 
 def _rows(requests: Sequence[Request]) -> list[Row]:
@@ -228,50 +253,61 @@ def _rows(requests: Sequence[Request]) -> list[Row]:
 
 
 class Engine:
-    """prefill_chunk: tokens of a prompt read at a time, which bounds memory. prefix_bytes: memory for states of what
-    was read before, so that a follow-up question reads only what is new; 0 keeps none."""
+    """prefill_chunk: tokens read at a time, of one row or of several together, which bounds memory; by default as many
+    as keep the processor's caches (1,024) or a GPU (16,384) busy. prefix_bytes: memory for states of what was read
+    before, so that a follow-up question reads only what is new; 0 keeps none."""
 
-    def __init__(self, model: HybridLM, tokenizer: Tokenizer, prefill_chunk: int = 1024, prefix_bytes: int = 0):
-        self.model, self.tokenizer, self.prefill_chunk = model, tokenizer, prefill_chunk
+    def __init__(self, model: HybridLM, tokenizer: Tokenizer, prefill_chunk: int | None = None, prefix_bytes: int = 0):
+        self.model, self.tokenizer = model, tokenizer
+        self.prefill_chunk = prefill_chunk or (1024 if model.device.type == "cpu" else 16_384)
         self.end = tokenizer.special_id("<|assistant_end|>")
         self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
 
     def prefill(self, requests: Sequence[Request]) -> list[tuple[Cache, Tensor]]:
         """Read the prompts, and what an answer that branched off has of another. Caches and the logits (rows, V) after
-        them, in the requests' order: all in one, or with reuse of prefixes one by one."""
+        them, in the requests' order."""
         self.model.eval()
-        if self.prefixes is None:
-            cache = self.model.new_cache(len(requests))
-            return [(cache, self._read(cache, [r.prompt + r.ids for r in requests]))]
         parts = []
+        if self.prefixes is None:
+            prompts = [request.prompt + request.ids for request in requests]
+            for start, end in self.groups([len(prompt) for prompt in prompts]):
+                cache = self.model.new_cache(end - start)
+                parts.append((cache, self.read(cache, prompts[start:end])))
+            return parts
         for request in requests:
             prompt = request.prompt + request.ids
             request.reused_tokens, cache = self.prefixes.longest(prompt) or (0, self.model.new_cache(1))
             # the documents are what the next question will share
             shared = self._end_of_documents(prompt)
             if request.reused_tokens < shared < len(prompt):
-                self._read(cache, [prompt[request.reused_tokens : shared]])
+                self.read(cache, [prompt[request.reused_tokens : shared]])
                 self.prefixes.put(prompt[:shared], cache)
-            parts.append((cache, self._read(cache, [prompt[int(cache.lengths[0]) :]])))
+            parts.append((cache, self.read(cache, [prompt[int(cache.lengths[0]) :]])))
         return parts
 
-    def resume(self, groups: Sequence[tuple[list[Row], Cache]]) -> tuple[Cache, Tensor]:
-        """Search for these rows and read what they found; their cache, and the logits after it."""
-        rows = [row for members, _ in groups for row in members]
-        blocks = look_up(rows)
-        cache = Cache.join([cache for _, cache in groups])
-        began = time.perf_counter()
-        logits = self._read(cache, blocks)
-        seconds = time.perf_counter() - began
-        for request in (request for row in rows for request in row):
-            request.hops[-1].read_seconds = seconds
-        return cache, logits
+    def read_next(self, tokens: Sequence[int], cache: Cache) -> Tensor:
+        """Read one token in each row; the logits (rows, V) after it. On a CPU in the weights' type, also under
+        autocast: casting all weights takes longer than one token's products."""
+        read = torch.tensor(tokens, device=self.model.device).unsqueeze(-1)
+        on_cpu = self.model.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
+            return self.model(read, cache=cache, last_only=True)
+
+    def groups(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Neighbours (start, end) to be read together: as many as prefill_chunk allows, padded to the longest."""
+        start, longest = 0, 0
+        for at, size in enumerate(sizes):
+            longest = max(longest, size)
+            if at > start and longest * (at + 1 - start) > self.prefill_chunk:
+                yield start, at
+                start, longest = at, size
+        yield start, len(sizes)
 
     def _end_of_documents(self, prompt: list[int]) -> int:
         ends = {self.tokenizer.special_id(f"<|{name}_end|>") for name in ("retrieval", "system")}
         return next((i + 1 for i in range(len(prompt) - 1, -1, -1) if prompt[i] in ends), 0)
 
-    def _read(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def read(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Feed rows of different length in pieces; the logits (rows, V) after each row's last token."""
         device = self.model.device
         sizes = torch.tensor([len(p) for p in prompts])

@@ -90,13 +90,14 @@ class Attention(nn.Module):
             cos, sin = (t.to(q.dtype).unsqueeze(1) for t in rotary)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if cache is not None:
-            first = cache.k is None
-            k_all, v_all = cache.write(k.to(v.dtype), v, positions, needed)
-            if first:  # nothing before: plain causal attention; right padding cannot be seen by real tokens
+            # on a CPU in the weights' type, for single tokens are read in it (engine.py)
+            k_all, v_all = cache.write(k, v, positions, needed, x.dtype if x.device.type == "cpu" else v.dtype)
+            if needed == L:  # nothing before: plain causal attention; right padding cannot be seen by real tokens
                 y = causal_attention(q, k, v)
             else:
                 visible = torch.arange(needed, device=x.device) <= positions.unsqueeze(-1)  # B L S
-                y = cached_attention(q, k_all, v_all, visible)
+                with torch.autocast(x.device.type, enabled=False):
+                    y = cached_attention(q.to(k_all.dtype), k_all, v_all, visible).to(q.dtype)
         else:
             y = causal_attention(q, k, v) if packing is None else packed_attention(q, k, v, packing)
         return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))

@@ -283,8 +283,7 @@ class HybridLM(nn.Module):
             else:
                 x = block(x, **context)
         if cache is not None:
-            cache.lengths = cache.lengths + (L if valid is None else valid)
-            cache.max_length = cache.max_length + L if valid is None else int(cache.lengths.max())
+            cache.advance(L, valid)
         if targets is not None:
             learned = (targets != IGNORE).flatten()
             h = self.norm(x.flatten(0, 1)[learned])

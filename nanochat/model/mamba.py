@@ -171,20 +171,19 @@ class Mamba2(nn.Module):
                 y = _BetweenProjections.apply(joined, *weights, dt.detach(), A, D, *rest)
             return self.out_proj(y)
         past = cache.conv if cache is not None else None
-        if cache is not None:
-            cache.conv = self._last_inputs(xBC, past, valid)
+        last = self._last_inputs(xBC, past, valid) if cache is not None else None
         xBC = causal_conv_silu(xBC, self.conv_weight, self.conv_bias, past, seq_idx)
         one_step = cache is not None and L == 1 and cache.ssm is not None
         xs, Bm, Cm = split_mixed(xBC.to(exact) if one_step else xBC, H, G, N)
         if valid is not None:
             dt = dt * (torch.arange(L, device=x.device) < valid.unsqueeze(-1)).unsqueeze(-1)
         if one_step:
-            y, cache.ssm = ssd_step(cache.ssm, xs[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0])
+            y, state = ssd_step(cache.ssm, xs[:, 0], dt[:, 0], A, Bm[:, 0], Cm[:, 0])
             y = torch.addcmul(y, xs[:, 0], D.unsqueeze(-1)).unsqueeze(1)
         else:
             y, state = ssd_scan(xs, dt, A, Bm, Cm, cache.ssm if cache is not None else None, seq_idx, D)
-            if cache is not None:
-                cache.ssm = state
+        if cache is not None:
+            cache.write(last, state)
         return self.out_proj(self.norm(y.reshape(B, L, self.d_inner).to(z.dtype), z))
 
     def _last_inputs(self, xBC: Tensor, past: Tensor | None, valid: Tensor | None) -> Tensor:

@@ -174,7 +174,7 @@ def ssd_scan(
         return torch.addcmul(y, x, D.to(x.dtype).unsqueeze(-1)), state
     if initial_state is None:
         initial_state = dt.new_zeros(B, H, P, Bm.shape[-1])
-    Q = min(chunk, L)
+    Q = -(-L // -(-L // chunk))  # as many chunks as it takes, of the same length
     pad = -L % Q
     if pad:  # steps of dt = 0 change nothing
         grow = lambda t: torch.cat([t, t.new_zeros(B, pad, *t.shape[2:])], dim=1)  # noqa: E731

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from nanochat.common import UserError
 from nanochat.conversation import answer_ids, answer_text, render_prompt
 from nanochat.engine import Batch, Engine, Request
+from nanochat.model.cache import Cache
 from nanochat.sampling import Sampling
 
 PATTERNS = ["MT", "TT", "MM"]
@@ -179,16 +178,10 @@ def test_engine_needs_only_a_model_and_a_tokenizer(small_tokenizer):
         device = torch.device("cpu")
 
         def new_cache(self, batch_size):
-            return SimpleNamespace(lengths=torch.zeros(batch_size, dtype=torch.long), drop=self.drop)
-
-        def drop(self, rows):
-            left = [row for row in range(len(self.cache.lengths)) if row not in rows]
-            self.cache.lengths = self.cache.lengths[left]
-            return left
+            return Cache("", batch_size)
 
         def forward(self, tokens, cache, valid=None, last_only=True):
-            cache.lengths = cache.lengths + (tokens.shape[1] if valid is None else valid)
-            self.cache = cache
+            cache.advance(tokens.shape[1], valid)
             return torch.nn.functional.one_hot(cache.lengths, small_tokenizer.vocab_size).float()
 
     engine = Engine(Counting(), small_tokenizer)
@@ -207,8 +200,9 @@ def test_prefill_in_pieces_equals_whole_prefill(pattern, chunk, small_tokenizer,
     model = make_model(small_tokenizer.vocab_size, pattern).eval()
     prompts = prompts_of([70, 3, 1, 12, 64], small_tokenizer.vocab_size)
     requests = [Request(p, Sampling(), small_tokenizer) for p in prompts]
-    ((cache, logits),) = Engine(model, small_tokenizer, prefill_chunk=chunk).prefill(requests)
-    assert cache.lengths.tolist() == [70, 3, 1, 12, 64]
+    parts = Engine(model, small_tokenizer, prefill_chunk=chunk).prefill(requests)
+    assert torch.cat([cache.lengths for cache, _ in parts]).tolist() == [70, 3, 1, 12, 64]
+    logits = torch.cat([logits for _, logits in parts])
     for row, prompt in zip(logits, prompts, strict=True):
         assert (row - model(torch.tensor([prompt]))[0, -1]).abs().max() < 1e-4
     pieces = Engine(model, small_tokenizer, prefill_chunk=chunk).generate_batch(prompts, max_tokens=9)
