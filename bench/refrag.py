@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.common import print_figures, side_by_side, start, table
+from bench.common import print_figures, start, table
 from nanochat.common import UserError, run_main
 from nanochat.config import load_config
 from nanochat.retrieval import RetrievalManager
@@ -110,9 +110,12 @@ def hotpot(config: Config) -> dict[str, float]:
 
 
 def throughput(config: Config) -> dict[str, float]:
+    import torch
+
     from nanochat.checkpoint_manager import load_model
     from nanochat.engine import Engine
     from nanochat.searching import Searching
+    from nanochat.training import autocast, resolve_dtype
 
     os.environ["NANOCHAT_BASE_DIR"] = str(config.home)
     model, tokenizer, meta = load_model(config.source)
@@ -121,22 +124,28 @@ def throughput(config: Config) -> dict[str, float]:
     asked = [{"messages": [{"role": "user", "content": query["query"]}]} for query in queries]
     searching = Searching(manager.search, meta["top_k_per_hop"], meta["max_hops"], max_doc_tokens=200)
     engine = Engine(model, tokenizer)
-    answers: dict[str, Any] = {}
-
-    def together() -> None:
-        answers["together"] = engine.generate_from_conversations(asked, 64, searching=searching, max_tokens=128)
-
-    def alone() -> None:
-        answers["alone"] = [
-            engine.generate_from_conversation(one, searching=searching, max_tokens=128) for one in asked
-        ]
-
-    seconds = side_by_side({"together": together, "alone": alone}, rounds=3)
-    same = statistics.mean(a[0] == b[0] for a, b in zip(answers["together"], answers["alone"], strict=True))
-    searches = statistics.mean(len(info.hops) for _, info in answers["together"])
-    print(f"\n64 questions, {searches:.2f} searches each; {same:.0%} of the answers are the same\n")
-    print(table(["", "s", "questions/s"], [(name, taken, 64 / taken) for name, taken in seconds.items()]))
-    return {"batch64_over_1": seconds["alone"] / seconds["together"]}
+    settings = {"searching": searching, "max_tokens": 128}
+    dtypes = list(dict.fromkeys(["float32", str(resolve_dtype("auto", model.device)).removeprefix("torch.")]))
+    rows = []
+    for name in dtypes:  # the last one is what scripts.rag_eval takes by itself
+        together, alone, answers = [], 0.0, {}
+        with autocast(model.device, getattr(torch, name)):
+            engine.generate_from_conversations(asked, 64, **settings)
+            for part in range(8):  # by turns, so that what else the machine does falls on both
+                began = time.perf_counter()
+                found = engine.generate_from_conversations(asked, 64, **settings)
+                together.append(time.perf_counter() - began)
+                began = time.perf_counter()
+                for at in range(part, 64, 8):
+                    answers[at] = engine.generate_from_conversation(asked[at], **settings)[0]
+                alone += time.perf_counter() - began
+        same = statistics.mean(found[at][0] == answers[at] for at in range(64))
+        batch = statistics.mean(together)
+        rows.append((name, 64 / batch, 64 / alone, alone / batch, f"{same:.0%}"))
+    searches = statistics.mean(len(info.hops) for _, info in found)
+    print(f"\n64 questions, {searches:.2f} searches each\n")
+    print(table(["", "questions/s together", "one at a time", "ratio", "same answers"], rows))
+    return {"batch64_over_1": rows[-1][3], "batch64_over_1_float32": rows[0][3]}
 
 
 def sample(config: Config, count: int) -> list[dict[str, Any]]:

@@ -254,12 +254,12 @@ def _rows(requests: Sequence[Request]) -> list[Row]:
 
 class Engine:
     """prefill_chunk: tokens read at a time, of one row or of several together, which bounds memory; by default as many
-    as keep the processor's caches (1,024) or a GPU (16,384) busy. prefix_bytes: memory for states of what was read
+    keep a processor (4,096) or a GPU (16,384) busy. prefix_bytes: memory for states of what was read
     before, so that a follow-up question reads only what is new; 0 keeps none."""
 
     def __init__(self, model: HybridLM, tokenizer: Tokenizer, prefill_chunk: int | None = None, prefix_bytes: int = 0):
         self.model, self.tokenizer = model, tokenizer
-        self.prefill_chunk = prefill_chunk or (1024 if model.device.type == "cpu" else 16_384)
+        self.prefill_chunk = prefill_chunk or (4096 if model.device.type == "cpu" else 16_384)
         self.end = tokenizer.special_id("<|assistant_end|>")
         self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
 

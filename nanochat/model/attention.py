@@ -57,7 +57,8 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor
     if L > 1 or q.device.type != "cpu":
         grouped = k.shape[1] != H
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible.unsqueeze(1), enable_gqa=grouped)
-    scores = (k @ (q * Dh**-0.5).view(B, k.shape[1], -1, Dh).transpose(-1, -2)).transpose(-1, -2)  # B Hkv H/Hkv S
+    queries = (q * Dh**-0.5).view(B, k.shape[1], -1, Dh)
+    scores = queries @ k.transpose(-1, -2)  # B Hkv H/Hkv S; k @ queries takes twice as long
     bias = scores.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf).unsqueeze(1)  # B 1 1 S: one for all heads
     return ((scores + bias).softmax(-1) @ v).view(B, H, 1, Dh)
 
