@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.model.cache import KeyValues
+from nanochat.model.gates import gated_attention
 from nanochat.model.linear import Linear
 from nanochat.model.packed import Packing, causal_attention, packed_attention
 
@@ -80,8 +81,10 @@ class Attention(nn.Module):
         cache: KeyValues | None = None,
         positions: Tensor | None = None,
         needed: int = 0,
+        pairs: Tensor | None = None,
     ) -> Tensor:
-        """x (B, L, D). packing: where the documents of packed rows lie; none looks into another.
+        """x (B, L, D). packing: where the documents of packed rows lie; none looks into another. pairs (B, L, L): how
+        much each query sees of each key (gates.py).
         With a cache: positions (B, L) of x's tokens and `needed`, the number of cached positions in use after them."""
         B, L, _ = x.shape
         q = self.q_proj(x).view(B, L, self.n_head, self.head_dim).transpose(1, 2)
@@ -99,6 +102,8 @@ class Attention(nn.Module):
                 visible = torch.arange(needed, device=x.device) <= positions.unsqueeze(-1)  # B L S
                 with torch.autocast(x.device.type, enabled=False):
                     y = cached_attention(q.to(k_all.dtype), k_all, v_all, visible).to(q.dtype)
+        elif pairs is not None:
+            y = gated_attention(q, k, v, pairs)
         else:
             y = causal_attention(q, k, v) if packing is None else packed_attention(q, k, v, packing)
         return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.model.attention import Attention, rotary_tables
 from nanochat.model.cache import Cache
+from nanochat.model.gates import GatedFacts
 from nanochat.model.linear import Linear
 from nanochat.model.loss import sum_of_losses
 from nanochat.model.mamba import Mamba2
@@ -243,6 +244,7 @@ class HybridLM(nn.Module):
         cache: Cache | None = None,
         seq_idx: Tensor | None = None,
         valid: Tensor | None = None,
+        facts: GatedFacts | None = None,
         reduction: str = "mean",
         last_only: bool = False,
         depth: int | None = None,
@@ -254,28 +256,34 @@ class HybridLM(nn.Module):
         go through the output layer. reduction: "mean", "sum", or "none" for one loss per learned position, in row
         order. seq_idx (B, L) marks packed documents: attention does not look across and the scan restarts.
         cache: continue from it and extend it; valid (B,) then counts each row's real tokens, right padding follows.
+        facts: tokens that are there as much as their facts' gates say (gates.py); with a cache that is empty, ungated.
         last_only: logits (B, V) of each row's last real token. depth: only the first blocks, for training them first.
         states: the normed states (B, L, D) that the output layer would get, in place of logits.
         """
         if cache is not None and seq_idx is not None:
             raise ValueError("packed documents (seq_idx) cannot be combined with a cache")
+        if facts is not None and seq_idx is not None:
+            raise ValueError("facts cannot be combined with packed documents (seq_idx)")
+        if facts is not None and cache is not None and (facts.gate is not None or cache.max_length):
+            raise ValueError("a cache takes facts without gates, before anything else: leave out those not chosen")
         x = self.embed(tokens) if embeds is None else embeds
         B, L, _ = x.shape
-        positions = torch.arange(L, device=x.device).unsqueeze(0)
+        positions = torch.arange(L, device=x.device).unsqueeze(0) if facts is None else facts.positions()
         needed = 0
         if cache is not None:
             positions = cache.lengths.unsqueeze(-1) + positions
             needed = cache.max_length + L
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta) if self.config.rope else None
         packing = Packing.of(seq_idx) if seq_idx is not None and "T" in self.config.block_pattern else None
+        pairs = facts.pairs() if facts is not None and "T" in self.config.block_pattern else None
         for i, block in enumerate(self.blocks[:depth]):
             layer = cache.layers[i] if cache is not None else None
             if block.kind == "T":
-                context = {"rotary": rotary, "packing": packing}
+                context = {"rotary": rotary, "packing": packing, "pairs": pairs}
                 if cache is not None:
                     context |= {"cache": layer, "positions": positions, "needed": needed}
             else:
-                context = {"seq_idx": seq_idx, "cache": layer, "valid": valid}
+                context = {"seq_idx": seq_idx, "cache": layer, "valid": valid, "facts": facts}
             if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False, **context)
             elif block.step is not None and L == 1 and layer is not None and layer.ssm is not None:

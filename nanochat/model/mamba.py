@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.model.cache import MambaState
+from nanochat.model.gates import GatedFacts
 from nanochat.model.linear import Linear
 from nanochat.model.ssd import CHUNK, ssd_scan, ssd_step, steep_heads
 from nanochat.model.ssd_factored import scan_backward, scan_forward
@@ -143,9 +144,10 @@ class Mamba2(nn.Module):
         seq_idx: Tensor | None = None,
         cache: MambaState | None = None,
         valid: Tensor | None = None,
+        facts: GatedFacts | None = None,
     ) -> Tensor:
         """x (B, L, D). With a cache, continues from its states and updates them; valid (B,) counts the real tokens of
-        each row, the padding after them leaves the states untouched."""
+        each row, the padding after them leaves the states untouched. facts: see gates.py; not with seq_idx."""
         B, L, _ = x.shape
         G, N, H = self.n_groups, self.d_state, self.n_head
         joined = self.in_proj(x)
@@ -154,8 +156,11 @@ class Mamba2(nn.Module):
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         dt = F.softplus(dt.to(exact) + self.dt_bias.to(exact))
         A, D = -self.A_log.to(exact).exp(), self.D.to(exact)
+        conv_idx = seq_idx if facts is None else facts.fact  # where the convolution starts anew
+        gates = facts.tokens() if facts is not None else None
         if (
             cache is None
+            and gates is None
             and x.device.type == "cpu"
             and L % CHUNK == 0
             and not steep_heads(dt, A, CHUNK, xBC.dtype).any()
@@ -165,16 +170,21 @@ class Mamba2(nn.Module):
                 self.conv_bias.to(xBC.dtype),
                 self.dt_bias.to(exact),
             )
-            starts = document_starts(B, L, seq_idx, x.device)
+            starts = document_starts(B, L, conv_idx, x.device)
             rest = self.norm.weight.to(xBC.dtype), starts, seq_idx, G, N, CHUNK, self.norm.eps
             with torch.autocast(x.device.type, enabled=False):  # products run in the types they are given
                 y = _BetweenProjections.apply(joined, *weights, dt.detach(), A, D, *rest)
             return self.out_proj(y)
         past = cache.conv if cache is not None else None
-        last = self._last_inputs(xBC, past, valid) if cache is not None else None
-        xBC = causal_conv_silu(xBC, self.conv_weight, self.conv_bias, past, seq_idx)
+        last = None
+        if cache is not None:
+            seen = xBC if facts is None else xBC * facts.after_facts().unsqueeze(-1)
+            last = self._last_inputs(seen, past, valid)
+        xBC = causal_conv_silu(xBC, self.conv_weight, self.conv_bias, past, conv_idx)
         one_step = cache is not None and L == 1 and cache.ssm is not None
         xs, Bm, Cm = split_mixed(xBC.to(exact) if one_step else xBC, H, G, N)
+        if gates is not None:
+            dt = dt * gates.to(exact).unsqueeze(-1)
         if valid is not None:
             dt = dt * (torch.arange(L, device=x.device) < valid.unsqueeze(-1)).unsqueeze(-1)
         if one_step:

@@ -1,0 +1,82 @@
+"""Facts before a question, each there or not, with a gradient to either.
+
+A gate of 0 leaves every other token as if the fact's tokens had never been read, a gate of 1 as if there were no gates;
+in between, and for the gradient at 0, attention and the state of Mamba blocks see so much of it:
+
+- Attention weighs key j by gate_j e^{s_j} / sum_k gate_k e^{s_k}. The derivative at gate_j = 0 is e^{s_j} / Z (v_j -
+  out), which the logarithm of the gate added to s_j would make infinity times zero.
+- Mamba-2 multiplies dt by the gate: at 0 the state does not decay and takes nothing in.
+- The convolution starts anew at every fact, and after the last: no window reaches across a border.
+- Positions count the tokens that are there.
+
+Within one fact all gates are 1, so that what a closed fact would say is known. Leaving closed facts out of the pass
+would be cheaper, and their gates would get no gradient: D-RAG (Gao et al., EMNLP 2025) is about those.
+
+Shapes: B batch, L length, F facts, H heads, Dh head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HIGHEST = 30.0  # by how much a closed key may score above the best open one; the square of e^30 is finite, too
+
+
+@dataclass
+class GatedFacts:
+    """fact (B, L): which of the F facts a token belongs to, negative for text; a fact's tokens stand together. The
+    convolution starts anew where the number changes: text before and behind facts needs different ones to read the
+    same when all facts are closed. gate (B, F), in 0..1; None: all facts are there."""
+
+    fact: Tensor
+    gate: Tensor | None = None
+
+    def tokens(self) -> Tensor | None:
+        """(B, L): the gate of each token for those outside of its fact; 1 for text."""
+        if self.gate is None:
+            return None
+        gates = self.gate.gather(1, self.fact.clamp_min(0))
+        return torch.where(self.fact >= 0, gates, torch.ones_like(gates))
+
+    def positions(self) -> Tensor:
+        """(B, L): how many tokens are there before each one; tokens of a closed fact count on within it."""
+        B, L = self.fact.shape
+        index = torch.arange(L, device=self.fact.device).expand(B, L)
+        if self.gate is None:
+            return index
+        there = self.tokens() > 0
+        borders = torch.ones(B, L, dtype=torch.bool, device=self.fact.device)
+        borders[:, 1:] = self.fact[:, 1:] != self.fact[:, :-1]
+        within = index - torch.where(borders, index, 0).cummax(1).values
+        return there.cumsum(1) - there.long() + torch.where(there, 0, within)
+
+    def pairs(self) -> Tensor | None:
+        """(B, L, L): the gate of each key for each query, 0 for later keys."""
+        if self.gate is None:
+            return None
+        L = self.fact.shape[1]
+        own = (self.fact.unsqueeze(-1) == self.fact.unsqueeze(1)) & (self.fact >= 0).unsqueeze(-1)
+        gates = self.tokens().unsqueeze(1).expand(-1, L, -1)
+        return torch.where(own, torch.ones_like(gates), gates).tril()
+
+    def after_facts(self) -> Tensor:
+        """(B, L) bool: text with no fact behind it."""
+        return (self.fact >= 0).flip(1).cumsum(1).flip(1) == 0
+
+
+def gated_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor) -> Tensor:
+    """q (B, H, L, Dh), k and v (B, Hkv, L, Dh) with Hkv dividing H, pairs (B, L, L) -> (B, H, L, Dh). Every query has
+    an open key: itself."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = (q @ k.transpose(-1, -2)).to(exact) * q.shape[-1] ** -0.5
+        pairs = pairs.to(exact).unsqueeze(1)
+        with torch.no_grad():
+            top = scores.masked_fill(pairs == 0, -torch.inf).amax(-1, keepdim=True)
+        weights = (scores - top).clamp_max(HIGHEST).exp() * pairs
+        return (weights / weights.sum(-1, keepdim=True)).to(v.dtype) @ v
