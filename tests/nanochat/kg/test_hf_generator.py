@@ -177,6 +177,28 @@ def test_facts_that_are_closed_get_a_gradient_and_dropped_ones_cannot(generator)
     assert (gradient[0, [0, 2]].abs() > 1e-4).all() and (gradient[1].abs() > 1e-4).all()
 
 
+def test_tokens_of_a_closed_fact_see_each_other(saved):
+    generator = load(saved("llama"))
+    embeds, fact, targets, valid = make_rows(generator)
+    targets[:] = -1
+    targets[0, 5] = 7  # the fourth token of fact 0, which is closed; in the second row there is nothing to learn
+    gate = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0] * 4])
+    with torch.no_grad():
+        closed = generator.losses(embeds, fact, gate, targets, valid)
+        assert torch.allclose(closed, generator.losses(embeds, fact, None, targets, valid), atol=1e-6)
+        embeds[0, 3] += 1
+        assert (generator.losses(embeds, fact, gate, targets, valid) - closed)[0].abs() > 1e-3
+
+
+def test_a_model_that_loses_the_gates_is_refused(saved):
+    generator = load(saved("llama"))
+    generator.model.get_base_model().set_attn_implementation("sdpa")
+    rows = make_rows(generator)
+    losses(generator, rows, None)
+    with pytest.raises(UserError, match="does not hand gates on"):
+        losses(generator, rows, torch.ones(2, 4))
+
+
 def test_checkpointing_gives_the_same_gradients(saved):
     for kind in ("nemotron", "llama"):
         found = []
