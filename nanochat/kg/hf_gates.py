@@ -11,9 +11,9 @@ at 0 is the derivative of the function in between. Three places look from one to
   leave the state alone. As inputs of the convolution they repeat what stood at the end of the fact, or before the fact,
   weighed by the gate: x_after = gate x_fact_end + (1 - gate) x_before.
 
-Both of the latter are hooks on in_proj, so fused kernels, LoRA and gradient checkpointing work as ever. Gates travel as
-an argument of the model, not in a global: layers are computed again in backward, in another thread on a GPU. What
-remains: a window of sliding attention still counts the tokens of closed facts.
+Both of the latter are hooks on in_proj: what comes after may be a fused kernel. Gates travel as an argument of the
+model, not in a global: layers are computed again in backward, in another thread on a GPU. What remains: a window of
+sliding attention still counts the tokens of closed facts.
 
 Shapes: B batch, L length with fillers, F facts, W fillers of a fact, P fillers of a row, H heads, G queries of a key.
 """

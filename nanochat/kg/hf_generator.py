@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,8 @@ class LoRA:
 
 
 class HFGenerator:
-    """Made by `load`. model: peft's. width: D. end: the token that ends an answer. bos: what a text begins with, or
-    None where the model's texts begin with nothing."""
+    """Made by `load`. model: peft's. width: D. end: the token that ends an answer. bos: the one that texts begin
+    with, or None where the tokenizer has none."""
 
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
@@ -94,7 +95,7 @@ class HFGenerator:
 
         embeds (B, L, D), padded on the right; fact (B, L): the fact of each token, -1 for other text; gate (B, F) in
         [0, 1], or None: all are there; targets (B, L): the token to predict at each place, -1 where nothing is learned;
-        valid (B,): tokens of each row."""
+        valid (B,): tokens of each row, at least one."""
         embeds = embeds.to(self._lm.dtype)
         extra = {}
         gates = None
@@ -178,7 +179,8 @@ def load(
     checkpointing: layers are computed again in backward, a third more time for far less memory. fp8: the large products
     of the frozen layers in 8-bit floats; fp8_emulate: the same roundings on any machine."""
     try:
-        from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+        with _quiet():
+            from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise UserError(f'{error.name} is missing, which reads hf: models: pip install "nanochat[hf]"') from None
@@ -214,8 +216,8 @@ def load(
                     task_type="CAUSAL_LM",
                 ),
             )
-    if checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     generator = HFGenerator(model, tokenizer)
     generator.train(False)
     return generator
@@ -283,10 +285,13 @@ def _evaluating(lm: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """peft's import tries every kernel of torchao, which warns of each that this machine lacks."""
+    """peft's import tries every kernel of torchao, which warns of each that this machine lacks; its use of transformers
+    warns of names that will change."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)

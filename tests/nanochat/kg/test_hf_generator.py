@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -324,6 +325,12 @@ def test_words_of_the_vocabulary_that_spell_control_are_taken_apart(saved, tmp_p
     generator.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
     generator._special = {5}
     assert generator.encode("a <s> b") == [4, 1, 2, 3, 0]
+
+
+def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"peft is missing.*pip install"):
+        load(tmp_path)
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, saved):
