@@ -29,7 +29,7 @@ class LossConfig:
     ranking: float = 0.3
     nodes: float = 0.5
     """Of answers among the nodes."""
-    ends: float = 0.3
+    ends: float = 0.1
     """Of which end of a fact is an answer."""
     last: float = 4.0
     """A last fact of a path, which has the answer, is worth so many of the others in the ranking."""
@@ -76,12 +76,12 @@ def _per_graph(values: Tensor, group: Tensor, count: int) -> Tensor:
 
 @dataclass
 class TrainingConfig:
-    epochs: int = 5
-    learning_rate: float = 2e-3
+    epochs: int = 2
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     max_questions: int = 64
     """Of a batch, at most."""
-    max_facts: int = 32_768
+    max_facts: int = 8192
     """Of a batch, at most."""
     warmup: float = 0.05
     """Part of all steps."""

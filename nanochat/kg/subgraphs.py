@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.common import UserError
 from nanochat.kg.coverage import Grounded
 from nanochat.kg.graph import Graph
 from nanochat.kg.linking import Linker
@@ -73,7 +74,7 @@ def find_subgraphs(
 ) -> Subgraphs:
     """texts: what the retriever reads of each question. Labels are nowhere set where answers are not known."""
     if max_facts > 16_000:
-        raise ValueError(f"max_facts {max_facts}: two nodes a fact must fit 16 bits")
+        raise UserError(f"max_facts is {max_facts}; it must be at most 16,000")  # two nodes each are numbers of 16 bits
     miner = Miner(graph, max_hops, hub_degree)
     columns: list[list[np.ndarray]] = [[] for _ in range(7)]
     path_facts, answers, complete = [], [], []

@@ -127,3 +127,15 @@ def test_learned_from_some_entities_it_holds_for_others(films, kind):
     figures = evaluate_retriever(retriever, films.graph, films.subgraphs, held)
     assert figures["any@5"] > 0.95 and figures["fact_hits@1"] > 0.9 and figures["node_hits@1"] > 0.9
     assert figures["path_recall@10"] > 0.9
+
+
+def test_the_same_seed_gives_the_same_retriever(films):
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        vocabulary = build_vocabulary(films.subgraphs.texts)
+        retriever = FactRetriever(RetrieverConfig(width=16), vocabulary)
+        config = TrainingConfig(epochs=1, max_questions=16)
+        train_retriever(retriever, films.graph, films.subgraphs, range(100), config, LossConfig())
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in retriever.parameters()]))
+    assert torch.equal(*weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nanochat.common import UserError
 from nanochat.kg.coverage import Grounded, ground
 from nanochat.kg.linking import Linker
 from nanochat.kg.mining import Miner, neighbourhood
@@ -85,7 +86,7 @@ def test_questions_without_topics_and_cut_subgraphs(films):
     assert subgraphs.complete.tolist() == [True, False]
     batch = make_batch(films.graph, subgraphs, [0, 1, 0])
     assert batch.fact_starts.tolist() == [0, 0, 3, 3]
-    with pytest.raises(ValueError, match="16 bits"):
+    with pytest.raises(UserError, match="at most 16,000"):
         find_subgraphs(films.graph, [], [], max_facts=20_000)
 
 
