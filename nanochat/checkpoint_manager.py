@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.model.lm import HybridLM, ModelConfig
@@ -30,6 +30,7 @@ from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MARKER = "COMPLETE"
+BESIDE = "beside.safetensors"  # of another module that was trained along with the model
 _SCRIPTS = {
     "base": "base_train",
     "mid": "chat_sft",
@@ -86,6 +87,7 @@ def save_checkpoint(
     meta: dict,
     optimizer_state: dict[str, Tensor] | None = None,
     keep: int = 2,
+    beside: nn.Module | None = None,
 ) -> Path:
     """Write root/step_XXXXXX whole or not at all, then drop all but the newest `keep` checkpoints, and those of later
     steps: they are of an earlier run that this one replaces, and would be taken for its newest."""
@@ -99,6 +101,8 @@ def save_checkpoint(
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
     save_file(tensors, temporary / "model.safetensors")
+    if beside is not None:
+        save_file({k: v.contiguous() for k, v in beside.state_dict().items()}, temporary / BESIDE)
     if optimizer_state is not None:
         save_file({k: v.contiguous() for k, v in optimizer_state.items()}, temporary / "optimizer.safetensors")
     tokenizer.save(temporary)
@@ -126,6 +130,14 @@ def save_checkpoint(
     for old in set(steps) - set(kept):
         _remove(root / _step_name(old))
     return final
+
+
+def load_beside(directory: Path, module: nn.Module) -> None:
+    """The weights of what was trained beside a model, from its checkpoint."""
+    try:
+        module.load_state_dict(load_file(directory / BESIDE))
+    except (OSError, SafetensorError, RuntimeError) as e:
+        raise UserError(f"{directory / BESIDE} cannot be read ({str(e).splitlines()[-1]})") from e
 
 
 def _remove(checkpoint: Path) -> None:

@@ -80,8 +80,11 @@ class Optimizers:
         head_lr: float = 0.004,
         scalar_lr: float = 0.005,
         weight_decay: float = 0.0,
+        beside: nn.Module | None = None,
+        beside_lr: float = 0.0,
     ):
-        kinds = ("matrix", "embed", "head", "scalar", "value")
+        """beside: what is trained along with the model, by AdamW."""
+        kinds = ("matrix", "embed", "head", "scalar", "value", "beside")
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in kinds}
         for name, p in model.named_parameters():
             if not p.requires_grad:
@@ -95,9 +98,12 @@ class Optimizers:
             else:
                 kind = "matrix" if p.ndim == 2 and name.endswith("proj.weight") else "scalar"
             groups[kind].append((name, p))
+        if beside is not None:
+            groups["beside"] = [(f"beside.{name}", p) for name, p in beside.named_parameters() if p.requires_grad]
         width_scale = (model.config.d_model / 768) ** -0.5  # AdamW's rates were tuned at width 768 (nanochat)
         rates = {"embed": embed_lr * width_scale, "head": head_lr * width_scale, "scalar": scalar_lr}
         rates["value"] = matrix_lr  # a critic begins at nothing while all else is trained
+        rates["beside"] = beside_lr
         adam = [{"params": [p for _, p in groups[k]], "lr": rates[k]} for k in rates if groups[k]]
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)

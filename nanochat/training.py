@@ -19,8 +19,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from nanochat.checkpoint_manager import list_steps, load_checkpoint, save_checkpoint
+from nanochat.checkpoint_manager import list_steps, load_beside, load_checkpoint, save_checkpoint
 from nanochat.common import Compute, UserError, keep_freed_memory, print0
 from nanochat.config import config_to_dict, save_config
 from nanochat.model.fp8 import use_fp8
@@ -194,7 +195,7 @@ def _sum_over_ranks(tensor: torch.Tensor, compute: Compute) -> None:
         dist.all_reduce(tensor)
 
 
-def _sum_gradients(model: HybridLM, compute: Compute) -> None:
+def _sum_gradients(model: nn.Module, compute: Compute) -> None:
     """Add up the ranks' gradients. Losses are sums over tokens divided by the whole step's count, so the sum is exact
     however unevenly learned tokens fall on the ranks (an average of averages is not)."""
     if compute.world_size == 1:
@@ -217,17 +218,22 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     meta: dict | None = None,
     best_by: str = "",
+    beside: nn.Module | None = None,
+    beside_lr: float = 0.0,
 ) -> HybridLM:
     """Train through the phases in order; returns the model. With config.plan, print the plan and leave the model alone.
 
     evaluate() returns named figures; it runs every eval_every steps and after the last. best_by: the figure by which
-    the best checkpoint is kept too, in run_dir/best (--model_tag TAG/best).
+    the best checkpoint is kept too, in run_dir/best (--model_tag TAG/best). beside: another module that the phases'
+    losses train along with the model, and that its checkpoints hold.
     """
     num_steps = sum(p.steps for p in phases)
     if num_steps < 1:
         raise UserError("nothing to train: num_steps is 0 (raise num_steps or num_epochs)")
-    model.to(compute.device)
-    model.train()
+    modules = [model] if beside is None else [model, beside]
+    for module in modules:
+        module.to(compute.device)
+        module.train()
     model.gradient_checkpointing = config.gradient_checkpointing
     if compute.device.type == "cpu":
         keep_freed_memory()
@@ -242,12 +248,19 @@ def train(
     if config.plan:
         return model
     optimizers = Optimizers(
-        model, config.matrix_lr, config.embed_lr, config.head_lr, config.scalar_lr, config.weight_decay
+        model,
+        config.matrix_lr,
+        config.embed_lr,
+        config.head_lr,
+        config.scalar_lr,
+        config.weight_decay,
+        beside,
+        beside_lr,
     )
     step, elapsed, best = 0, 0.0, -math.inf
     taken = [0] * len(phases)  # steps done in each phase: its data position
     if config.resume == "auto" and list_steps(run_dir):
-        step, elapsed, taken, best = _resume(model, tokenizer, optimizers, run_dir, compute)
+        step, elapsed, taken, best = _resume(model, tokenizer, optimizers, run_dir, compute, beside)
     log = RunLog(run_dir, config, step) if compute.is_main else None
     save_meta = {"training_config": config_to_dict(config), **(meta or {})}
     checked_disk = False
@@ -262,7 +275,7 @@ def train(
         state = {**save_meta, "elapsed_seconds": elapsed, "phase_steps": taken, "rng": torch.get_rng_state().tolist()}
         if best_by:
             state |= {"best": best}
-        save_checkpoint(directory, step, model, tokenizer, state, optimizers.state_dict(), keep)
+        save_checkpoint(directory, step, model, tokenizer, state, optimizers.state_dict(), keep, beside)
 
     starts = [sum(p.steps for p in phases[:i]) / num_steps for i in range(len(phases))]
     limit = config.max_minutes * 60 if config.max_minutes > 0 else math.inf
@@ -287,10 +300,12 @@ def train(
                 loss = phase.sum_of_losses(model, batch) / learned
             loss.backward()
             loss_sum += loss.detach()
-        _sum_gradients(model, compute)
+        for module in modules:
+            _sum_gradients(module, compute)
         _sum_over_ranks(loss_sum, compute)
         loss_value = loss_sum.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+        weights = [p for module in modules for p in module.parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf).item()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             raise UserError(
                 f"step {step} ({phase.name}): loss {loss_value}, gradient norm {norm}; stopped before "
@@ -356,7 +371,12 @@ def _agree(seconds: float, compute: Compute) -> float:
 
 
 def _resume(
-    model: HybridLM, tokenizer: Tokenizer, optimizers: Optimizers, run_dir: Path, compute: Compute
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    optimizers: Optimizers,
+    run_dir: Path,
+    compute: Compute,
+    beside: nn.Module | None,
 ) -> tuple[int, float, list[int], float]:
     """Load the newest complete checkpoint into model and optimizers; returns its step, training seconds so far, steps
     done in each phase and the best figure so far."""
@@ -366,6 +386,8 @@ def _resume(
     if saved.config != model.config:
         raise UserError(f"{run_dir} holds a model of another shape; use another --model_tag, or delete it")
     model.load_state_dict(saved.state_dict())
+    if beside is not None:
+        load_beside(Path(meta["directory"]), beside)
     if state is None:
         raise UserError(f"{run_dir} has no optimizer state to resume from")
     optimizers.load_state_dict(state)

@@ -1,8 +1,8 @@
 """D-RAG: a retriever that learns from what its facts do to the generator's answers.
 
     drag = DRAG(retriever, Projector(64, generator.width), generator, graph, DRAGConfig())
-    losses = drag.losses(batch, subgraphs, questions, answers)   # training
-    answers = drag.answer(batch, questions)                      # inference
+    losses, kept = drag.losses(batch, drag.score(batch), questions)  # training
+    answers = drag.answer(batch, questions)  # inference
 
 The retriever scores all facts around a question; the best of them, the pool, get gates that are drawn by chance, 0 or
 1; each fact of the pool stands before the question as its projected vector and its text, as if it were not there where
@@ -77,7 +77,8 @@ class Pool:
 
 def best_facts(scored: Scored, batch: Batch, size: int) -> Pool:
     logits, mask = pad_facts(scored.facts, batch.fact_starts)
-    order = logits.detach().masked_fill(~mask, -torch.inf).topk(min(size, logits.shape[1]), dim=-1).indices
+    # stable: facts of one score are many, and which of them are shown must not hang on the rest of the batch
+    order = logits.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)[:, :size]
     mask = mask.gather(1, order)
     places = torch.where(mask, order + batch.fact_starts[:-1, None].to(order.device), 0)
     return Pool(places, logits.gather(1, order), mask)
@@ -98,49 +99,61 @@ class DRAG:
         """What is trained beside the generator."""
         return nn.ModuleDict({"retriever": self.retriever, "projector": self.projector})
 
+    def score(self, batch: Batch) -> Scored:
+        """Of all facts, in fp32 also under autocast: sums over edges are long, and small."""
+        with torch.autocast(batch.heads.device.type, enabled=False):
+            return self.retriever(batch)
+
     # --- training
 
     def losses(
-        self, batch: Batch, scored: Scored, questions: Sequence[str], answers: Sequence[Sequence[str]]
+        self, batch: Batch, scored: Scored, questions: Sequence[str], sampler: str = ""
     ) -> tuple[Tensor, Tensor]:
-        """The loss of each question's answer (B,), and the facts kept of each (B,), with a gradient. answers: all that
-        are right; those that the pool knows are learned, in its order. A question without one has loss 0."""
-        pool = best_facts(scored, batch, self.config.pool)
-        if self.config.sampler == "binary":
-            gates = binary_gates(pool.logits, pool.mask, self.config.temperature)
-        elif self.config.sampler == "top_k":
-            gates = top_k_gates(pool.logits, pool.mask, self.config.k_facts)
+        """The loss of each question's answers (B,), and how many facts are kept of each (B,), with a gradient. Those
+        answers are learned that the pool's facts have, the best facts' first; a question without one has loss 0.
+        sampler: in place of the configured one."""
+        config = self.config
+        gates, sampler = None, sampler or config.sampler
+        if sampler == "none":
+            pool = self.chosen(scored, batch)
         else:
-            gates = choose(pool.logits.detach(), pool.mask, self.config.k_facts, self.config.min_probability)
-        targets = [self.known(answers[at], batch, pool.places[at][pool.mask[at]].tolist()) for at in range(len(batch))]
-        embeds, fact, valid, goal = self.prompts(batch, scored, pool, questions, targets)
+            pool = best_facts(scored, batch, config.pool)
+            if sampler == "binary":
+                gates = binary_gates(pool.logits, pool.mask, config.temperature)
+            else:
+                gates = top_k_gates(pool.logits, pool.mask, config.k_facts)
+        answers = [self.known(batch, pool.places[at][pool.mask[at]].tolist()) for at in range(len(batch))]
+        embeds, fact, valid, goal = self.prompts(batch, scored, pool, questions, answers)
         kept = (pool.logits.sigmoid() * pool.mask).sum(1)
         return self.generator.losses(embeds, fact, gates, goal, valid), kept
 
-    def known(self, answers: Sequence[str], batch: Batch, places: list[int]) -> list[str]:
-        """The answers that these facts have at an end, those of the best facts first."""
-        wanted, found = set(answers), {}
+    def known(self, batch: Batch, places: Sequence[int]) -> list[str]:
+        """The answers that these facts have at an end, in their order."""
+        found: dict[str, None] = {}
         for place in places:
             for end in (batch.tails[place], batch.heads[place]):
-                name = self.graph.name(int(batch.nodes[end]))
-                if name in wanted:
-                    found[name] = None
+                if batch.is_answer[end]:
+                    found[self.graph.name(int(batch.nodes[end]))] = None
         return list(found)[: self.config.max_answers]
+
+    def chosen(self, scored: Scored, batch: Batch) -> Pool:
+        """The facts that are shown when nothing is left to chance."""
+        pool = best_facts(scored, batch, self.config.k_facts)
+        gates = choose(pool.logits.detach(), pool.mask, self.config.k_facts, self.config.min_probability)
+        return Pool(pool.places, pool.logits, gates > 0)
 
     # --- answering
 
     @torch.no_grad()
     def answer(self, batch: Batch, questions: Sequence[str]) -> list[Answer]:
-        scored = self.retriever(batch)
-        pool = best_facts(scored, batch, self.config.k_facts)
-        chosen = choose(pool.logits, pool.mask, self.config.k_facts, self.config.min_probability) > 0
-        pool = Pool(pool.places, pool.logits, chosen)
+        scored = self.score(batch)
+        pool = self.chosen(scored, batch)
         embeds, fact, valid, _ = self.prompts(batch, scored, pool, questions, None)
         found = []
         for at, ids in enumerate(self.generator.generate(embeds, fact, valid, self.config.max_tokens)):
             names = [name.strip() for name in self.generator.decode(ids).split(SEPARATOR)]
-            facts = [int(batch.facts[place]) for place in pool.places[at][chosen[at]].tolist()]
-            probabilities = pool.logits[at][chosen[at]].sigmoid().tolist()
+            facts = [int(batch.facts[place]) for place in pool.places[at][pool.mask[at]].tolist()]
+            probabilities = pool.logits[at][pool.mask[at]].sigmoid().tolist()
             found.append(Answer(list(dict.fromkeys(name for name in names if name)), facts, probabilities))
         return found
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.model.cache import KeyValues
-from nanochat.model.gates import gated_attention
+from nanochat.model.gates import Pairs, gated_attention
 from nanochat.model.linear import Linear
 from nanochat.model.packed import Packing, causal_attention, packed_attention
 
@@ -81,10 +81,10 @@ class Attention(nn.Module):
         cache: KeyValues | None = None,
         positions: Tensor | None = None,
         needed: int = 0,
-        pairs: Tensor | None = None,
+        pairs: Pairs | None = None,
     ) -> Tensor:
-        """x (B, L, D). packing: where the documents of packed rows lie; none looks into another. pairs (B, L, L): how
-        much each query sees of each key (gates.py).
+        """x (B, L, D). packing: where the documents of packed rows lie; none looks into another. pairs: gates of
+        facts (gates.py).
         With a cache: positions (B, L) of x's tokens and `needed`, the number of cached positions in use after them."""
         B, L, _ = x.shape
         q = self.q_proj(x).view(B, L, self.n_head, self.head_dim).transpose(1, 2)

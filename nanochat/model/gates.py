@@ -1,16 +1,19 @@
 """Facts before a question, each there or not, with a gradient to either.
 
 A gate of 0 leaves every other token as if the fact's tokens had never been read, a gate of 1 as if there were no gates;
-in between, and for the gradient at 0, attention and the state of Mamba blocks see so much of it:
+in between, attention and the state of Mamba blocks see so much of it:
 
-- Attention weighs key j by gate_j e^{s_j} / sum_k gate_k e^{s_k}. The derivative at gate_j = 0 is e^{s_j} / Z (v_j -
-  out), which the logarithm of the gate added to s_j would make infinity times zero.
+- Attention weighs key j by gate_j e^{s_j} / sum_k gate_k e^{s_k}.
 - Mamba-2 multiplies dt by the gate: at 0 the state does not decay and takes nothing in.
 - The convolution starts anew at every fact, and after the last: no window reaches across a border.
 - Positions count the tokens that are there.
 
 Within one fact all gates are 1, so that what a closed fact would say is known. Leaving closed facts out of the pass
 would be cheaper, and their gates would get no gradient: D-RAG (Gao et al., EMNLP 2025) is about those.
+
+A gate that is exactly 0 or 1 can only jump to the other side, and its gradient through attention says where that leads:
+out(1) - out(0), as in a secant. The derivative at 0, e^{s_j} / Z (v_j - out), has no bound: one key that scores 25
+above the open ones outweighs all else that is learned in a step, a million million to one.
 
 Shapes: B batch, L length, F facts, H heads, Dh head width.
 """
@@ -53,30 +56,61 @@ class GatedFacts:
         within = index - torch.where(borders, index, 0).cummax(1).values
         return there.cumsum(1) - there.long() + torch.where(there, 0, within)
 
-    def pairs(self) -> Tensor | None:
-        """(B, L, L): the gate of each key for each query, 0 for later keys."""
+    def pairs(self) -> Pairs | None:
         if self.gate is None:
             return None
-        L = self.fact.shape[1]
+        L, F = self.fact.shape[1], self.gate.shape[1]
         own = (self.fact.unsqueeze(-1) == self.fact.unsqueeze(1)) & (self.fact >= 0).unsqueeze(-1)
-        gates = self.tokens().unsqueeze(1).expand(-1, L, -1)
-        return torch.where(own, torch.ones_like(gates), gates).tril()
+        tokens = self.tokens()
+        gates = tokens.unsqueeze(1).expand(-1, L, -1)
+        member = self.fact.unsqueeze(-1) == torch.arange(F, device=self.fact.device)
+        return Pairs(torch.where(own, torch.ones_like(gates), gates).tril(), tokens.detach(), member)
 
     def after_facts(self) -> Tensor:
         """(B, L) bool: text with no fact behind it."""
         return (self.fact >= 0).flip(1).cumsum(1).flip(1) == 0
 
 
-def gated_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor) -> Tensor:
-    """q (B, H, L, Dh), k and v (B, Hkv, L, Dh) with Hkv dividing H, pairs (B, L, L) -> (B, H, L, Dh). Every query has
-    an open key: itself."""
+@dataclass
+class Pairs:
+    """What attention needs to know of gates. weights (B, L, L): the gate of each key for each query, 0 for later keys;
+    gates (B, L): of each key for other facts' queries; member (B, L, F) bool: which tokens are whose."""
+
+    weights: Tensor
+    gates: Tensor
+    member: Tensor
+
+
+def gated_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
+    """q (B, H, L, Dh), k and v (B, Hkv, L, Dh) with Hkv dividing H -> (B, H, L, Dh). Every query has an open key:
+    itself."""
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         exact = torch.promote_types(q.dtype, torch.float32)
         scores = (q @ k.transpose(-1, -2)).to(exact) * q.shape[-1] ** -0.5
-        pairs = pairs.to(exact).unsqueeze(1)
+        weights = pairs.weights.to(exact).unsqueeze(1)
+        fixed = weights.detach()
+        p = scores.masked_fill(fixed == 0, -torch.inf) + fixed.log().nan_to_num(neginf=0.0)
+        out = p.softmax(-1).to(v.dtype) @ v
+        if not weights.requires_grad:
+            return out
         with torch.no_grad():
-            top = scores.masked_fill(pairs == 0, -torch.inf).amax(-1, keepdim=True)
-        weights = (scores - top).clamp_max(HIGHEST).exp() * pairs
-        return (weights / weights.sum(-1, keepdim=True)).to(v.dtype) @ v
+            slopes = _slopes(scores, fixed, pairs)
+        # nothing, with the gates' gradient: dout . slope_j (v_j - out)
+        moved = (weights - fixed) * slopes
+        y = moved.to(v.dtype) @ v.detach() - moved.sum(-1, keepdim=True).to(v.dtype) * out.detach()
+        return out + y
+
+
+def _slopes(scores: Tensor, weights: Tensor, pairs: Pairs) -> Tensor:
+    """(B, H, L, L): by how much of v_j - out the output changes as the gate of key j does. The derivative in between;
+    of gates at 0 or 1, what adds up over a fact's tokens to where the output is at the other side."""
+    top = scores.masked_fill(weights == 0, -torch.inf).amax(-1, keepdim=True)
+    each = (scores - top).clamp_max(HIGHEST).exp().tril()
+    share = each / (each * weights).sum(-1, keepdim=True)
+    member = pairs.member.to(each.dtype).unsqueeze(1)
+    whole = (share @ member) @ member.transpose(-1, -2)  # of the key's fact; text has no gate
+    gates = pairs.gates[:, None, None]
+    share = torch.where(gates == 0, share / (1 + whole), share)
+    return torch.where(gates == 1, share / (1 - whole).clamp_min(1e-4), share)

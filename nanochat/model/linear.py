@@ -64,4 +64,4 @@ class Linear(nn.Linear):
         if plain or self.weight.dtype != torch.float32 or torch.compiler.is_compiling():
             return F.linear(x, self.weight)
         multiply = _Product.apply if torch.is_grad_enabled() else product
-        return multiply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+        return multiply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], len(self.weight))
