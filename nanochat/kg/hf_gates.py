@@ -1,10 +1,10 @@
 """Gates on the facts before a question, inside a causal language model of transformers.
 
-A gate of 0 leaves every other token as if the fact were not there, a gate of 1 is the model as it is, and the gradient
-at 0 is the derivative of the function in between. Three places look from one token to another:
+A gate of 0 leaves every other token as if the fact were not there, a gate of 1 is the model as it is. Three places look
+from one token to another:
 
-- Attention weighs key j by gate_j e^{s_j} / sum_k gate_k e^{s_k}, whose derivative at gate_j = 0 is e^{s_j} / Z (v_j -
-  out). Tokens of one fact see each other fully.
+- Attention weighs key j by gate_j e^{s_j} / sum_k gate_k e^{s_k}. The gradient is that of nanochat/model/gates.py,
+  which says why at 0 and 1 it is no derivative. Tokens of one fact see each other fully.
 - Mamba-2's state (Dao and Gu 2024, arXiv 2405.21060): each step dt is multiplied by the gate, so that nothing decays
   and nothing is added at 0. in_proj's output is changed such that softplus(dt' + bias) = gate softplus(dt + bias).
 - Mamba-2's convolution looks W = kernel - 1 tokens back. W fillers follow each fact, which no one attends to and which
@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.common import UserError
+from nanochat.model.gates import HIGHEST, told_to_gates
 
 ATTENTION = "gated_facts"  # its name among transformers' attention functions
 ARGUMENT = "fact_gates"  # of the model's forward, handed down to every mixer
 MIXERS = ("NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer", "BambaMixer")  # in_proj gives [z, x B C, dt]
 STEP_FLOOR = 1e-9  # of softplus(dt' + bias) where a gate is 0: its inverse must be finite
-HIGHEST = 30.0  # by how much the score of a closed fact may exceed the best open one; e^30 is finite, its square too
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Gates:
 
     token (B, L): the gate of each token for those outside of its fact; 1 for text, 0 for fillers.
     pair (B, L, L): the same for each query and key, 1 within a fact.
+    member (B, L, F) bool: which tokens are whose.
     fillers: rows and places (n,) of all fillers, and their index (n,) among those of the row.
     refill (B, P, L): each filler's input of the convolution, as a mean of the real tokens' inputs.
     seen: whether any attention or Mamba layer was given these gates.
@@ -48,6 +49,7 @@ class Gates:
 
     token: Tensor
     pair: Tensor
+    member: Tensor
     fillers: tuple[Tensor, Tensor, Tensor] | None = None
     refill: Tensor | None = None
     seen: bool = False
@@ -96,7 +98,8 @@ def make_gates(layout: Layout, gate: Tensor) -> Gates:
     fact = layout.fact
     token = torch.where(fact >= 0, gate.gather(1, fact.clamp(min=0)), 1.0).masked_fill(layout.filler, 0)
     within = (fact[:, :, None] == fact[:, None, :]) & (fact >= 0)[:, :, None]
-    gates = Gates(token, torch.where(within, 1.0, token[:, None, :]))
+    member = (fact[:, :, None] == torch.arange(gate.shape[1], device=fact.device)) & ~layout.filler[:, :, None]
+    gates = Gates(token, torch.where(within, 1.0, token[:, None, :]), member)
     if layout.width and len(layout.runs[0]):
         gates.fillers, gates.refill = _refill(layout, gate)
     return gates
@@ -137,17 +140,23 @@ def positions(layout: Layout, token: Tensor) -> Tensor:
     return there.cumsum(1) - there.long() + torch.where(closed, inside, 0)
 
 
-def weighted_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """q (B, H, L, Dh), k and v (B, Hkv, S, Dh), weight and visible (B or 1, L, S) -> weights (B, Hkv, G, L, S) of v in
-    fp32, weight e^s / sum(weight e^s). Written so that a weight of 0 has its gradient."""
+def weighted_attention(
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, visible: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """q (B, H, L, Dh), k and v (B, Hkv, S, Dh), visible (B or 1, L, S) -> (B, Hkv, G, L, Dh): v weighed by weight e^s /
+    sum(weight e^s)."""
     B, _, L, Dh = q.shape
+    v = v.unsqueeze(2)
     scores = q.view(B, k.shape[1], -1, L, Dh) @ k.unsqueeze(2).transpose(-1, -2)
     scores = scores.float() * scale
-    weight, visible = weight[:, None, None], visible[:, None, None]
-    best = scores.detach().masked_fill(~(visible & (weight > 0)), -torch.inf).amax(-1, keepdim=True)
+    weight, visible = gates.pair[:, None, None], visible[:, None, None]
+    fixed = weight.detach()
+    best = scores.detach().masked_fill(~visible | (fixed == 0), -torch.inf).amax(-1, keepdim=True)
     best = best.masked_fill(best == -torch.inf, 0)  # padding that sees nothing
-    powers = (scores - best).clamp(max=HIGHEST).exp().masked_fill(~visible, 0) * weight
-    return powers / powers.sum(-1, keepdim=True).clamp(min=1e-30)
+    powers = (scores - best).clamp(max=HIGHEST).exp().masked_fill(~visible, 0) * fixed
+    shares = powers / powers.sum(-1, keepdim=True).clamp(min=1e-30)
+    out = F.dropout(shares, dropout).to(v.dtype) @ v
+    return out + told_to_gates(scores, visible, weight, gates.token, gates.member, v, out)
 
 
 def gated_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -170,9 +179,7 @@ def gated_attention(module, query, key, value, attention_mask, scaling=None, dro
     else:
         visible = attention_mask[:, 0]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    weights = weighted_attention(query, key, value, gates.pair, visible, scale)
-    weights = F.dropout(weights, dropout, module.training)
-    out = weights.to(value.dtype) @ value.unsqueeze(2)
+    out = weighted_attention(query, key, value, gates, visible, scale, dropout if module.training else 0.0)
     return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 

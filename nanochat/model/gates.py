@@ -91,26 +91,32 @@ def gated_attention(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
         scores = (q @ k.transpose(-1, -2)).to(exact) * q.shape[-1] ** -0.5
         weights = pairs.weights.to(exact).unsqueeze(1)
         fixed = weights.detach()
-        p = scores.masked_fill(fixed == 0, -torch.inf) + fixed.log().nan_to_num(neginf=0.0)
-        out = p.softmax(-1).to(v.dtype) @ v
-        if not weights.requires_grad:
-            return out
-        with torch.no_grad():
-            slopes = _slopes(scores, fixed, pairs)
-        # nothing, with the gates' gradient: dout . slope_j (v_j - out)
-        moved = (weights - fixed) * slopes
-        y = moved.to(v.dtype) @ v.detach() - moved.sum(-1, keepdim=True).to(v.dtype) * out.detach()
-        return out + y
+        logits = scores.masked_fill(fixed == 0, -torch.inf) + fixed.log().nan_to_num(neginf=0.0)
+        out = logits.softmax(-1).to(v.dtype) @ v
+        visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+        return out + told_to_gates(scores, visible, weights, pairs.gates, pairs.member, v, out)
 
 
-def _slopes(scores: Tensor, weights: Tensor, pairs: Pairs) -> Tensor:
-    """(B, H, L, L): by how much of v_j - out the output changes as the gate of key j does. The derivative in between;
-    of gates at 0 or 1, what adds up over a fact's tokens to where the output is at the other side."""
-    top = scores.masked_fill(weights == 0, -torch.inf).amax(-1, keepdim=True)
-    each = (scores - top).clamp_max(HIGHEST).exp().tril()
-    share = each / (each * weights).sum(-1, keepdim=True)
-    member = pairs.member.to(each.dtype).unsqueeze(1)
-    whole = (share @ member) @ member.transpose(-1, -2)  # of the key's fact; text has no gate
-    gates = pairs.gates[:, None, None]
-    share = torch.where(gates == 0, share / (1 + whole), share)
-    return torch.where(gates == 1, share / (1 - whole).clamp_min(1e-4), share)
+def told_to_gates(
+    scores: Tensor, visible: Tensor, weights: Tensor, gates: Tensor, member: Tensor, v: Tensor, out: Tensor
+) -> Tensor:
+    """Nothing, with the gradient of the gates: dout . slope_j (v_j - out), where slope_j is the derivative for a gate
+    in between, and for one of 0 or 1 what adds up over a fact's tokens to where the output is at the other side.
+
+    scores (B, ..., L, S), visible (L, S) or like scores, weights (B or 1, ..., L, S) with a graph, gates (B, S), member
+    (B, S, F), v and out (B, ..., L, Dh)."""
+    if not weights.requires_grad:
+        return torch.zeros_like(out)
+    fixed = weights.detach()
+    with torch.no_grad():
+        between = [1] * (scores.dim() - 3)
+        member = member.view(len(member), *between, *member.shape[1:]).to(scores.dtype)
+        gates = gates.detach().view(len(gates), *between, 1, -1)
+        top = scores.masked_fill(~visible | (fixed == 0), -torch.inf).amax(-1, keepdim=True)
+        each = (scores - top.nan_to_num(neginf=0.0)).clamp_max(HIGHEST).exp().masked_fill(~visible, 0)
+        slopes = each / (each * fixed).sum(-1, keepdim=True).clamp_min(1e-30)
+        whole = (slopes @ member) @ member.transpose(-1, -2)  # of the key's fact; text has no gate
+        slopes = torch.where(gates == 0, slopes / (1 + whole), slopes)
+        slopes = torch.where(gates == 1, slopes / (1 - whole).clamp_min(1e-4), slopes)
+    moved = (weights - fixed) * slopes
+    return moved.to(v.dtype) @ v.detach() - moved.sum(-1, keepdim=True).to(v.dtype) * out.detach()
