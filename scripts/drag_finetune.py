@@ -256,7 +256,8 @@ def main() -> None:
     graph = Graph.load(config.graph)
     asked, train_on, held = read_questions(config, graph)
     if config.phase == 1:
-        learn_paths(config, graph, asked, train_on, held)
+        if compute.is_main:  # minutes on one CPU
+            learn_paths(config, graph, asked, train_on, held)
     else:
         learn_together(config, graph, asked, train_on, held, compute)
     compute_cleanup()

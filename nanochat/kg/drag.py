@@ -16,13 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nanochat.kg.generator import pad
-from nanochat.kg.gnn import FactRetriever, Scored
+from nanochat.checkpoint_manager import load_beside, load_checkpoint
+from nanochat.common import UserError
+from nanochat.kg.generator import LMGenerator, pad
+from nanochat.kg.gnn import FactRetriever, RetrieverConfig, Scored
 from nanochat.kg.graph import Graph
 from nanochat.kg.projector import Projector
 from nanochat.kg.sampler import binary_gates, choose, top_k_gates
@@ -55,6 +58,22 @@ class DRAGConfig:
     """Answers that are learned of a question with many."""
     max_tokens: int = 96
     """Of an answer."""
+
+
+def load_drag(root: Path, graph: Graph, step: int | None = None, device: torch.device | str = "cpu"):
+    """DRAG as scripts.drag_finetune left it in a folder of checkpoints, and the checkpoint's meta."""
+    model, tokenizer, meta, _ = load_checkpoint(root, step, device, with_optimizer=False)
+    try:
+        shape, config = RetrieverConfig(**meta["fact_retriever"]), DRAGConfig(**meta["drag"])
+        retriever = FactRetriever(shape, meta["vocabulary"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{meta['directory']} is no checkpoint of D-RAG ({error})") from None
+    generator = LMGenerator(model.eval(), tokenizer)
+    drag = DRAG(retriever, Projector(shape.width, generator.width), generator, graph, config)
+    beside = drag.beside.to(device)
+    load_beside(Path(meta["directory"]), beside)
+    beside.eval()
+    return drag, meta
 
 
 @dataclass

@@ -1,0 +1,239 @@
+"""D-RAG on MetaQA: a cascade of retriever and generator against both trained together.
+
+    python -m bench.drag --home data/metaqa --source data/demo/checkpoints/rag/demo --seeds 0,1,2 --json
+
+gradient: the gates' straight-through gradient against the exact one, over all subsets of 10 facts, and whether 4 useful
+facts of 50 are found by the loss of what reads them alone. metaqa: for each seed, in its own base directory under
+home/<seed>, which may be deleted,
+
+    phase 1   the retriever learns from shortest paths
+    cascade   the generator learns to read its best facts; the retriever stays
+    joint     the same steps and questions; retriever, projector and generator learn together in the second half
+
+from the dev questions of one, two and three facts together, and answers of the test questions of each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.common import print_figures, start, table
+from nanochat.common import UserError, run_main
+from nanochat.config import load_config
+from nanochat.kg.sampler import binary_gates, top_k_gates
+
+PARTS = ("gradient", "metaqa")
+SYSTEMS = {"cascade": ["--sampler", "none"], "joint": []}
+HOPS = (1, 2, 3)
+FIGURES = ("hits1", "hit", "f1", "em", "facts_kept", "recall")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Measure D-RAG."""
+
+    part: list[str] = field(default_factory=lambda: list(PARTS))
+    """gradient, metaqa; separated by commas."""
+    data: Path | None = None
+    """Folder with metaqa/; by default $NANOCHAT_DATA."""
+    home: Path = Path("data/metaqa")
+    """Where graph, retrievers and models are kept."""
+    source: Path = Path("data/demo/checkpoints/rag/demo")
+    """Checkpoint folder of the generator to start from."""
+    questions: int = 1000
+    """Test questions of each number of facts."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of training."""
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
+    """cascade, joint; separated by commas."""
+    settings: str = ""
+    """More settings for phase 2 of both, as they would be written for scripts.drag_finetune."""
+    threads: int = 2
+    """CPU threads."""
+    json: bool = False
+    """Print the figures as one JSON object in the last line."""
+
+
+# --- gates
+
+
+def gradient(config: Config) -> dict[str, float]:
+    N, K = 10, 3
+    torch.manual_seed(0)
+    logits = torch.randn(N)
+    cosines: dict[str, list[float]] = {"binary": [], "top_k": []}
+    for seed in range(6):
+        loss = set_function(seed, N)
+        for kind, found in cosines.items():
+            own = logits.clone().requires_grad_()
+            subsets, probability = law(kind, own, K)
+            (exact,) = torch.autograd.grad((probability * loss(subsets)).sum(), own)
+            rows = logits.expand(40_000, N).clone().requires_grad_()
+            (mean,) = torch.autograd.grad(loss(draw(kind, rows, K)).sum(), rows)
+            found.append(torch.cosine_similarity(mean.mean(0), exact, dim=0).item())
+    rows = [(kind, statistics.mean(found), min(found), planted(kind)) for kind, found in cosines.items()]
+    print("\n" + table(["gates", "cosine with the exact gradient, mean of 6", "worst", "planted recall@4"], rows))
+    worst = min(statistics.mean(found) for found in cosines.values())
+    return {"gradient_cosine": worst, "planted_recall_at_4": min(row[3] for row in rows)}
+
+
+def draw(kind: str, logits: Tensor, k: int) -> Tensor:
+    mask = torch.ones_like(logits, dtype=torch.bool)
+    return binary_gates(logits, mask) if kind == "binary" else top_k_gates(logits, mask, k)
+
+
+def set_function(seed: int, size: int):
+    """A loss of sets that no sum over their members gives."""
+    generator = torch.Generator().manual_seed(seed)
+    inner, outer = torch.randn(size, 16, generator=generator), torch.randn(16, generator=generator)
+    return lambda gates: torch.tanh(gates @ inner) @ outer
+
+
+def law(kind: str, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All that may be drawn (X, N), and with what probabilities (X,): each fact for itself, or k one after another."""
+    N = len(logits)
+    if kind == "binary":
+        subsets = torch.tensor(list(itertools.product((0.0, 1.0), repeat=N)))
+        p = logits.sigmoid()
+        return subsets, torch.where(subsets > 0, p, 1 - p).prod(1)
+    orders = torch.tensor(list(itertools.permutations(range(N), k)))
+    weights = logits.exp()
+    left, probability = weights.sum().expand(len(orders)), torch.ones(len(orders))
+    for drawn in orders.T:
+        probability, left = probability * weights[drawn] / left, left - weights[drawn]
+    return torch.zeros(len(orders), N).scatter(1, orders, 1.0), probability
+
+
+def planted(kind: str, steps: int = 400) -> float:
+    """Of 4 facts without which the loss is high, among 50: the share among the 4 best logits, mean of 5 draws."""
+    found = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        useful = torch.randperm(50)[:4]
+        logits = torch.zeros(50, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.1)
+        for _ in range(steps):
+            gates = draw(kind, logits.expand(32, 50), 4)
+            missing = (1 - gates[:, useful]).square().sum(1)
+            loss = (missing + 0.05 * gates.sum(1)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found.append(len(set(logits.topk(4).indices.tolist()) & set(useful.tolist())) / 4)
+    return statistics.mean(found)
+
+
+# --- MetaQA
+
+
+def metaqa(config: Config) -> dict[str, float]:
+    data = (config.data or Path(os.environ.get("NANOCHAT_DATA", ""))) / "metaqa"
+    if not (data / "kb.txt.gz").exists():
+        raise UserError(f"{data}/kb.txt.gz is not there: set NANOCHAT_DATA to the folder that metaqa is in")
+    graph = config.home / "kg"
+    if not graph.exists():
+        config.home.mkdir(parents=True, exist_ok=True)
+        run(config.home, "scripts.kg_prepare", "build", "--triples", data / "kb.txt.gz", "--graph", graph)
+    asked = test_questions(config, graph, data)
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for seed in config.seeds:
+        for name in config.systems:
+            train_system(config, graph, data, name, seed)
+            for hops, figures in evaluate(config, asked, name, seed).items():
+                found.setdefault((name, hops), []).append(figures)
+                shown = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+                print(f"seed {seed}, {name}, {hops} facts: {shown}", flush=True)
+    rows, figures = [], {}
+    for (name, hops), each in found.items():
+        means = {key: statistics.mean(of[key] for of in each) for key in FIGURES}
+        rows.append((name, hops, *means.values()))
+        figures |= {f"{key}_{name}_{hops}hop": value for key, value in means.items()}
+        figures |= {f"hits1_{name}_{hops}hop_{s}": of["hits1"] for s, of in zip(config.seeds, each, strict=True)}
+    print("\n" + table(["system", "facts", "Hits@1", "Hit", "F1", "EM", "facts kept", "answer among them"], rows))
+    return figures
+
+
+def test_questions(config: Config, graph_folder: Path, data: Path) -> dict[int, Any]:
+    from nanochat.kg.drag_data import ask, read_all
+    from nanochat.kg.graph import Graph
+    from nanochat.kg.linking import Linker
+
+    graph = Graph.load(graph_folder)
+    linker = Linker(graph)
+    asked = {}
+    for hops in HOPS:
+        questions = read_all([data / f"{hops}hop_qa_test.txt.gz"])
+        questions = random.Random(0).sample(questions, min(config.questions, len(questions)))
+        asked[hops], left_out = ask(graph, linker, questions, 3, 100, 4096)
+        if left_out:
+            print(f"{hops} facts: {left_out} questions name no entity")
+    return asked
+
+
+def train_system(config: Config, graph: Path, data: Path, name: str, seed: int) -> None:
+    base = config.home / str(seed)
+    common = ["configs/drag_metaqa.py", "--graph", graph, "--seed", seed, "--questions"]
+    common.append(",".join(str(data / f"{hops}hop_qa_dev.txt.gz") for hops in HOPS))
+    if not (base / "fact_retriever/retriever.json").exists():
+        base.mkdir(parents=True, exist_ok=True)
+        run(base, "scripts.drag_finetune", *common, "--phase", 1, "--num_epochs", 2)
+    if (base / f"trained_{name}").exists():
+        return
+    shutil.copytree(config.source, base / "checkpoints/rag/start", dirs_exist_ok=True)
+    tag = ["--source_tag", "start", "--model_tag", name, "--eval_every", 0]
+    run(base, "scripts.drag_finetune", *common, "--phase", 2, *tag, *SYSTEMS[name], *config.settings.split())
+    (base / f"trained_{name}").touch()
+
+
+def evaluate(config: Config, asked: dict[int, Any], name: str, seed: int) -> dict[int, dict[str, float]]:
+    from nanochat.kg.drag import load_drag
+    from nanochat.kg.drag_data import evaluate_drag
+
+    root = config.home / str(seed) / "checkpoints/drag" / name
+    drag, _ = load_drag(root, asked[HOPS[0]].graph)
+    return {hops: evaluate_drag(drag, of, range(len(of))) for hops, of in asked.items()}
+
+
+def run(base: Path, module: str, *arguments: Any) -> None:
+    began = time.perf_counter()
+    with open(base / "log.txt", "a", encoding="utf-8") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        raise UserError(f"{module} failed; its output is in {base / 'log.txt'}")
+    print(f"{module} {base}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    config = load_config(Config)
+    for given, known, flag in ((config.part, PARTS, "part"), (config.systems, SYSTEMS, "systems")):
+        if unknown := [name for name in given if name not in known]:
+            raise UserError(f"--{flag} {unknown[0]!r} is none of {', '.join(known)}")
+    start(config.threads)
+    figures: dict[str, float] = {}
+    if "gradient" in config.part:
+        figures |= gradient(config)
+    if "metaqa" in config.part:
+        figures |= metaqa(config)
+    print_figures(figures, config.json)
+
+
+if __name__ == "__main__":
+    run_main(main)
