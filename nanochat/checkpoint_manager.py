@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -89,31 +90,35 @@ def save_checkpoint(
     keep: int = 2,
     beside: nn.Module | None = None,
 ) -> Path:
+    """Write root/step_XXXXXX, as `commit` does."""
+
+    def write(directory: Path) -> None:
+        # a tied weight is one tensor under two names; safetensors wants it once
+        tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+        if model.config.tie_embeddings:
+            del tensors["lm_head.weight"]
+        save_file(tensors, directory / "model.safetensors")
+        if beside is not None:
+            save_beside(directory, beside)
+        if optimizer_state is not None:
+            save_file({k: v.contiguous() for k, v in optimizer_state.items()}, directory / "optimizer.safetensors")
+        tokenizer.save(directory)
+
+    about = {"model_config": asdict(model.config), "tokenizer_fingerprint": tokenizer.fingerprint}
+    return commit(root, step, write, about | meta, keep)
+
+
+def commit(root: Path, step: int, write: Callable[[Path], None], meta: dict, keep: int = 2) -> Path:
     """Write root/step_XXXXXX whole or not at all, then drop all but the newest `keep` checkpoints, and those of later
-    steps: they are of an earlier run that this one replaces, and would be taken for its newest."""
+    steps: they are of an earlier run that this one replaces, and would be taken for its newest. write: called with the
+    directory to write to."""
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(".writing-*"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = root / f".writing-{_step_name(step)}"
     temporary.mkdir()
-    # a tied weight is one tensor under two names; safetensors wants it once
-    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del tensors["lm_head.weight"]
-    save_file(tensors, temporary / "model.safetensors")
-    if beside is not None:
-        save_file({k: v.contiguous() for k, v in beside.state_dict().items()}, temporary / BESIDE)
-    if optimizer_state is not None:
-        save_file({k: v.contiguous() for k, v in optimizer_state.items()}, temporary / "optimizer.safetensors")
-    tokenizer.save(temporary)
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "model_config": asdict(model.config),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "git_revision": git_revision(),
-        **meta,
-    }
+    write(temporary)
+    meta = {"format_version": FORMAT_VERSION, "step": step, "git_revision": git_revision(), **meta}
     (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     for file in temporary.iterdir():
         _fsync(file)
@@ -130,6 +135,28 @@ def save_checkpoint(
     for old in set(steps) - set(kept):
         _remove(root / _step_name(old))
     return final
+
+
+def newest(root: Path, step: int | None = None) -> Path:
+    """Directory of the newest complete checkpoint, or of this step's. UserError if there is none."""
+    steps = list_steps(root)
+    if not steps:
+        raise UserError(f"no complete checkpoint in {root}")
+    if step is not None and step not in steps:
+        raise UserError(f"no complete checkpoint of step {step} in {root}; there are {steps}")
+    return root / _step_name(steps[-1] if step is None else step)
+
+
+def read_meta(directory: Path) -> dict:
+    """Of a checkpoint; it must be of the format that this program reads."""
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    if meta["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{directory}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}")
+    return meta
+
+
+def save_beside(directory: Path, module: nn.Module) -> None:
+    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, directory / BESIDE)
 
 
 def load_beside(directory: Path, module: nn.Module) -> None:
@@ -159,18 +186,9 @@ def load_checkpoint(
     root: Path, step: int | None = None, device: torch.device | str = "cpu", with_optimizer: bool = True
 ) -> tuple[HybridLM, Tokenizer, dict, dict[str, Tensor] | None]:
     """(model, tokenizer, meta, optimizer state or None) of root's newest complete checkpoint, or of `step`."""
-    steps = list_steps(root)
-    if not steps:
-        raise UserError(f"no complete checkpoint in {root}")
-    if step is not None and step not in steps:
-        raise UserError(f"no complete checkpoint of step {step} in {root}; there are {steps}")
-    directory = root / _step_name(steps[-1] if step is None else step)
+    directory = newest(root, step)
     try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        if meta["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{directory}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}"
-            )
+        meta = read_meta(directory)
         config = ModelConfig(**meta["model_config"])
         tensors = load_file(directory / "model.safetensors", device=str(device))
         if config.tie_embeddings:

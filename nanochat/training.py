@@ -174,28 +174,28 @@ def mean_loss(model: HybridLM, batches: Batches, steps: int, config: TrainConfig
     total = torch.zeros(2, dtype=torch.float64, device=compute.device)
     dtype = resolve_dtype(config.dtype, compute.device)
     for step in range(steps):
-        for rows in _micro_batches(batches.rows_per_step, config.device_batch_size, compute):
+        for rows in micro_batches(batches.rows_per_step, config.device_batch_size, compute):
             batch = batches.get(step, rows).to(compute.device)
             with autocast(compute.device, dtype):
                 loss = model(batch.tokens, batch.targets, seq_idx=batch.seq_idx, reduction="sum")
             total += torch.stack([loss.double(), (batch.targets != IGNORE).sum().double()])
-    _sum_over_ranks(total, compute)
+    sum_over_ranks(total, compute)
     model.train()
     return (total[0] / total[1].clamp_min(1)).item()
 
 
-def _micro_batches(rows: int, size: int, compute: Compute) -> list[range]:
+def micro_batches(rows: int, size: int, compute: Compute) -> list[range]:
     """This rank's share of a step's rows, in pieces of the device's batch size."""
     first, last = rows * compute.rank // compute.world_size, rows * (compute.rank + 1) // compute.world_size
     return [range(s, min(s + size, last)) for s in range(first, last, size)]
 
 
-def _sum_over_ranks(tensor: torch.Tensor, compute: Compute) -> None:
+def sum_over_ranks(tensor: torch.Tensor, compute: Compute) -> None:
     if compute.world_size > 1:
         dist.all_reduce(tensor)
 
 
-def _sum_gradients(model: nn.Module, compute: Compute) -> None:
+def sum_gradients(model: nn.Module, compute: Compute) -> None:
     """Add up the ranks' gradients. Losses are sums over tokens divided by the whole step's count, so the sum is exact
     however unevenly learned tokens fall on the ranks (an average of averages is not)."""
     if compute.world_size == 1:
@@ -287,11 +287,11 @@ def train(
         phase_index = max(i for i, start in enumerate(starts) if start <= progress)
         phase = phases[phase_index]
         batches = phase.batches
-        shares = _micro_batches(batches.rows_per_step, config.device_batch_size, compute)
+        shares = micro_batches(batches.rows_per_step, config.device_batch_size, compute)
         micros = [batches.get(taken[phase_index], rows) for rows in shares]
         counts = torch.tensor([sum(batch.learned for batch in micros)], dtype=torch.float64)
         counts = counts.to(compute.device, torch.float32 if compute.device.type == "mps" else torch.float64)
-        _sum_over_ranks(counts, compute)
+        sum_over_ranks(counts, compute)
         learned = max(1.0, counts.item())
         loss_sum = torch.zeros(1, device=compute.device)
         for batch in micros:
@@ -301,8 +301,8 @@ def train(
             loss.backward()
             loss_sum += loss.detach()
         for module in modules:
-            _sum_gradients(module, compute)
-        _sum_over_ranks(loss_sum, compute)
+            sum_gradients(module, compute)
+        sum_over_ranks(loss_sum, compute)
         loss_value = loss_sum.item()
         weights = [p for module in modules for p in module.parameters()]
         norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf).item()
@@ -434,7 +434,7 @@ def print_plan(model: HybridLM, phases: list[Phase], config: TrainConfig, comput
     if not config.plan:
         return
     phase = phases[-1]
-    rows = _micro_batches(phase.batches.rows_per_step, config.device_batch_size, compute)[0]
+    rows = micro_batches(phase.batches.rows_per_step, config.device_batch_size, compute)[0]
     batch = phase.batches.get(0, rows).to(compute.device)
     for _ in range(2):  # the first pass warms up
         began = time.perf_counter()

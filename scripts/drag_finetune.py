@@ -27,6 +27,8 @@ from nanochat.kg.drag_data import Asked, QuestionBatches, ScaleGradient, Step, a
 from nanochat.kg.generator import LMGenerator
 from nanochat.kg.gnn import FactRetriever, RetrieverConfig, Scored
 from nanochat.kg.graph import Graph
+from nanochat.kg.hf_generator import HFGenerator, LoRA, load
+from nanochat.kg.hf_training import train_hf
 from nanochat.kg.linking import Linker
 from nanochat.kg.projector import Projector
 from nanochat.kg.question_encoder import WORDS, build_vocabulary
@@ -38,7 +40,7 @@ from nanochat.kg.retriever_training import (
     train_retriever,
 )
 from nanochat.model.lm import HybridLM
-from nanochat.training import Phase, TrainConfig, rows_per_step, train
+from nanochat.training import Phase, TrainConfig, resolve_dtype, rows_per_step, train
 
 
 @dataclass(kw_only=True)
@@ -76,6 +78,17 @@ class Config(TrainConfig):
     retriever_lr: float = 3e-3
     """Phase 1: AdamW's learning rate. Phase 2: of retriever and projector is beside_lr."""
 
+    generator: str = ""
+    """Phase 2: hf:PATH for a causal language model of transformers (a folder, or a name on the Hugging Face hub), which
+    learns by LoRA; by default this project's own model, from --source."""
+    lora_rank: int = 16
+    """hf: of the adapters."""
+    lora_alpha: float = 32.0
+    """hf: scale of the adapters."""
+    lora_dropout: float = 0.0
+    """hf: in the adapters."""
+    lm_lr: float = 5e-5
+    """hf: AdamW's learning rate of the adapters."""
     source: str = "rag"
     """Phase 2: checkpoint of the generator to start from."""
     source_tag: str = ""
@@ -184,9 +197,13 @@ def learn_together(
     config: Config, graph: Graph, asked: Asked, train_on: list[int], held: list[int], compute: Compute
 ) -> None:
     retriever = FactRetriever.load(folder(config))
-    tag = find_model_tag(config.source, config.source_tag)
-    model, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), config.step, compute.device)
-    generator = LMGenerator(model, tokenizer)
+    if config.generator:
+        generator = load_hf(config, compute)
+        tag = config.model_tag or "hf"
+    else:
+        tag = find_model_tag(config.source, config.source_tag)
+        model, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), config.step, compute.device)
+        generator = LMGenerator(model, tokenizer)
     projector = Projector(retriever.config.width, generator.width)
     names = {one.name for one in dataclasses.fields(DRAGConfig)} & vars(config).keys()
     drag = DRAG(retriever, projector, generator, graph, DRAGConfig(**{name: getattr(config, name) for name in names}))
@@ -209,7 +226,7 @@ def learn_together(
 
     def evaluate() -> dict[str, float]:
         figures = evaluate_drag(drag, asked, held)
-        model.train()
+        drag.generator.train()
         drag.beside.train()
         return figures
 
@@ -224,19 +241,38 @@ def learn_together(
     meta = {"drag": dataclasses.asdict(drag.config), "fact_retriever": dataclasses.asdict(retriever.config)}
     meta |= {"vocabulary": retriever.vocabulary, "hub_degree": config.hub_degree, "max_hops": config.max_hops}
     run_dir = checkpoint_root("drag", config.model_tag or tag)
+    phases = [phase for phase in phases if phase.steps]
+    if config.generator:
+        meta |= {"generator": config.generator}
+        train_hf(
+            drag, phases, config, compute, run_dir, evaluate if held else None, meta, config.lm_lr, config.beside_lr
+        )
+        return
+    best_by = "hits1" if held else ""
+    evaluate = evaluate if held else None
     train(
         model,
         tokenizer,
-        [phase for phase in phases if phase.steps],
+        phases,
         config,
         compute,
         run_dir,
-        evaluate if held else None,
+        evaluate,
         meta,
-        "hits1" if held else "",
+        best_by,
         drag.beside,
         config.beside_lr,
     )
+
+
+def load_hf(config: Config, compute: Compute) -> HFGenerator:
+    kind, _, path = config.generator.partition(":")
+    if kind != "hf" or not path:
+        raise UserError(f"--generator {config.generator!r}: write hf:PATH, a folder or a name on the Hugging Face hub")
+    lora = LoRA(config.lora_rank, config.lora_alpha, config.lora_dropout)
+    settings = {"checkpointing": config.gradient_checkpointing, "fp8": config.fp8, "fp8_emulate": config.fp8_emulate}
+    dtype = str(resolve_dtype(config.dtype, compute.device)).removeprefix("torch.")
+    return load(path, lora=lora, dtype=dtype, device=compute.device, **settings)
 
 
 def weigh(config: Config, scored: Scored, step: Step) -> tuple[torch.Tensor, Scored]:

@@ -22,11 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nanochat.checkpoint_manager import load_beside, load_checkpoint
+from nanochat.checkpoint_manager import load_beside, load_checkpoint, newest, read_meta
 from nanochat.common import UserError
 from nanochat.kg.generator import LMGenerator, pad
 from nanochat.kg.gnn import FactRetriever, RetrieverConfig, Scored
 from nanochat.kg.graph import Graph
+from nanochat.kg.hf_generator import load as load_hf
 from nanochat.kg.projector import Projector
 from nanochat.kg.sampler import binary_gates, choose, top_k_gates
 from nanochat.kg.sampler import pad as pad_facts
@@ -60,18 +61,25 @@ class DRAGConfig:
     """Of an answer."""
 
 
-def load_drag(root: Path, graph: Graph, step: int | None = None, device: torch.device | str = "cpu"):
+def load_drag(
+    root: Path, graph: Graph, step: int | None = None, device: torch.device | str = "cpu"
+) -> tuple[DRAG, dict[str, Any]]:
     """DRAG as scripts.drag_finetune left it in a folder of checkpoints, and the checkpoint's meta."""
-    model, tokenizer, meta, _ = load_checkpoint(root, step, device, with_optimizer=False)
+    directory = newest(root, step)
+    meta = read_meta(directory)
     try:
         shape, config = RetrieverConfig(**meta["fact_retriever"]), DRAGConfig(**meta["drag"])
         retriever = FactRetriever(shape, meta["vocabulary"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{meta['directory']} is no checkpoint of D-RAG ({error})") from None
-    generator = LMGenerator(model.eval(), tokenizer)
+        raise UserError(f"{directory} is no checkpoint of D-RAG ({error})") from None
+    if meta.get("generator"):
+        generator: Any = load_hf(directory, device=device)
+    else:
+        model, tokenizer, _, _ = load_checkpoint(root, step, device, with_optimizer=False)
+        generator = LMGenerator(model.eval(), tokenizer)
     drag = DRAG(retriever, Projector(shape.width, generator.width), generator, graph, config)
     beside = drag.beside.to(device)
-    load_beside(Path(meta["directory"]), beside)
+    load_beside(directory, beside)
     beside.eval()
     return drag, meta
 

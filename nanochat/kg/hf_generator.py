@@ -55,8 +55,12 @@ class HFGenerator:
         self._special = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
         if tokenizer.unk_token_id not in (self.bos, *self._stops):  # an unknown word, which controls nothing
             self._special.discard(tokenizer.unk_token_id)
+        self.fact_marks = [], self.encode("\n")
         arguments = inspect.signature(self._lm.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"  # renamed in transformers 5.24
+
+    fact_marks: tuple[list[int], list[int]]
+    """What stands before and behind a fact."""
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +89,11 @@ class HFGenerator:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def frame(self, question: str) -> tuple[list[int], list[int]]:
+        """What stands before the facts, and what stands between them and the answer."""
+        before = [self.bos] if self.bos is not None else []
+        return before + self.encode("Facts:\n"), self.encode(f"Question: {question}\nAnswer: ")
 
     def embed(self, ids: Tensor) -> Tensor:
         """(...) -> (..., D), in the model's type."""
@@ -161,6 +170,13 @@ class HFGenerator:
     def save(self, directory: Path) -> None:
         """What was learned, and the path of the model it belongs to."""
         self.model.save_pretrained(str(directory))
+
+    def load_adapters(self, directory: Path) -> None:
+        """What `save` wrote of a model of the same shape."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(self.model, load_file(directory / "adapter_model.safetensors"))
 
 
 def load(

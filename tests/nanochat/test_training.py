@@ -337,7 +337,7 @@ def test_ranks_share_all_rows_between_them(world_size):
         pieces = [
             list(piece)
             for rank in range(world_size)
-            for piece in training._micro_batches(rows, size, Compute(CPU.device, rank, rank, world_size))
+            for piece in training.micro_batches(rows, size, Compute(CPU.device, rank, rank, world_size))
         ]
         assert list(itertools.chain(*pieces)) == list(range(rows))
         assert all(0 < len(piece) <= size for piece in pieces)

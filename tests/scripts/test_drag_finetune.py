@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from nanochat.checkpoint_manager import BESIDE, checkpoint_root, save_checkpoint
+from nanochat.kg.drag import load_drag
+from nanochat.kg.drag_data import ask, read_all
 from nanochat.kg.gnn import FactRetriever
+from nanochat.kg.graph import Graph
+from nanochat.kg.linking import Linker
 from tasks.example_world import generate_world
 
 REPOSITORY = Path(__file__).parents[2]
@@ -145,9 +150,45 @@ def test_two_processes_learn_as_one_does(home):
     assert all(torch.allclose(tensor, two[name], atol=2e-4) for name, tensor in one.items())
 
 
+def test_a_model_of_transformers_learns_by_lora_and_resumes(home, small_tokenizer):
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from nanochat.hf_tokenizer import to_hf_tokenizer
+
+    shape = {"vocab_size": 330, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16}
+    tokens = {"bos_token_id": 300, "eos_token_id": 301, "pad_token_id": None}
+    config = transformers.NemotronHConfig(
+        hybrid_override_pattern="M*-", intermediate_size=48, **shape, **mamba, **tokens
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(home / "nemotron")
+    to_hf_tokenizer(small_tokenizer, 512).save_pretrained(home / "nemotron")
+    common = ["--phase", 2, "--generator", f"hf:{home / 'nemotron'}", "--model_tag", "hf", "--num_steps", 4]
+    common += ["--dtype", "float32", "--lm_lr", 1e-3, "--eval_every", 0, "--gradient_checkpointing", "true"]
+    common += ["--pool", 30, "--k_facts", 30]  # so that there is an answer among them
+    text = run(home, *common)
+    assert "joint 4/4" in text and "of them learned" in text
+    root = home / "checkpoints/drag/hf"
+    adapters = lambda step: load_file(root / f"step_{step:06d}/adapter_model.safetensors")  # noqa: E731
+    after, beside, logged = adapters(4), load_file(root / f"step_000004/{BESIDE}"), metrics(home, "hf")
+    assert any(not torch.equal(tensor, adapters(2)[name]) for name, tensor in after.items())
+    shutil.rmtree(root / "step_000004")
+    run(home, *common, "--resume", "auto")
+    assert metrics(home, "hf") == logged
+    assert all(torch.equal(tensor, adapters(4)[name]) for name, tensor in after.items())
+    again = load_file(root / f"step_000004/{BESIDE}")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in beside.items())
+    drag, _ = load_drag(root, Graph.load(home / "kg"))
+    batch = ask(drag.graph, Linker(drag.graph), read_all([home / "questions.jsonl"], 5), 3, 100, 4096)[0].batch([0, 1])
+    assert len(drag.answer(batch, ["who?", "what?"])) == 2
+
+
 def test_what_is_missing_is_one_line(home, tmp_path):
     error = run(home, "--phase", 2, "--fact_retriever", tmp_path, status=2)
     assert "has no retriever" in error
+    error = run(home, "--phase", 2, "--generator", "here", status=2)
+    assert "write hf:PATH" in error
     error = run(home, "--phase", 2, "--source", "base", status=2)
     assert "no checkpoint of source 'base'" in error
     (tmp_path / "none.jsonl").write_text('{"id": "x", "query": "who is Nobody Atall?", "answers": ["A"]}\n')
