@@ -125,27 +125,44 @@ def throughput(config: Config) -> dict[str, float]:
     searching = Searching(manager.search, meta["top_k_per_hop"], meta["max_hops"], max_doc_tokens=200)
     engine = Engine(model, tokenizer)
     settings = {"searching": searching, "max_tokens": 128}
+    steps = {"together": [0, 0.0], "alone": [0, 0.0]}  # tokens, and seconds that reading each and drawing the next take
+    who = "together"
+    read_next = engine.read_next
+
+    def timed(tokens, cache):
+        began = time.perf_counter()
+        logits = read_next(tokens, cache)
+        steps[who] = [steps[who][0] + len(tokens), steps[who][1] + time.perf_counter() - began]
+        return logits
+
+    engine.read_next = timed
     dtypes = list(dict.fromkeys(["float32", str(resolve_dtype("auto", model.device)).removeprefix("torch.")]))
     rows = []
     for name in dtypes:  # the last one is what scripts.rag_eval takes by itself
         together, alone, answers = [], 0.0, {}
         with autocast(model.device, getattr(torch, name)):
             engine.generate_from_conversations(asked, 64, **settings)
+            steps.update(together=[0, 0.0], alone=[0, 0.0])
             for part in range(8):  # by turns, so that what else the machine does falls on both
+                who = "together"
                 began = time.perf_counter()
                 found = engine.generate_from_conversations(asked, 64, **settings)
                 together.append(time.perf_counter() - began)
+                who = "alone"
                 began = time.perf_counter()
                 for at in range(part, 64, 8):
                     answers[at] = engine.generate_from_conversation(asked[at], **settings)[0]
                 alone += time.perf_counter() - began
         same = statistics.mean(found[at][0] == answers[at] for at in range(64))
         batch = statistics.mean(together)
-        rows.append((name, 64 / batch, 64 / alone, alone / batch, f"{same:.0%}"))
+        decoded = [tokens / seconds for tokens, seconds in (steps["together"], steps["alone"])]
+        rows.append((name, 64 / batch, 64 / alone, alone / batch, *decoded, decoded[0] / decoded[1], f"{same:.0%}"))
     searches = statistics.mean(len(info.hops) for _, info in found)
     print(f"\n64 questions, {searches:.2f} searches each\n")
-    print(table(["", "questions/s together", "one at a time", "ratio", "same answers"], rows))
-    return {"batch64_over_1": rows[-1][3], "batch64_over_1_float32": rows[0][3]}
+    header = ["", "questions/s together", "alone", "ratio", "tokens/s decoded together", "alone", "ratio"]
+    print(table([*header, "same answers"], rows))
+    ratios = {"batch64_over_1": rows[-1][3], "batch64_over_1_float32": rows[0][3], "decode64_over_1": rows[-1][6]}
+    return ratios
 
 
 def sample(config: Config, count: int) -> list[dict[str, Any]]:
