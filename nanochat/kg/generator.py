@@ -51,7 +51,7 @@ class LMGenerator:
         """The mean loss of each row's answer (B,), in fp32; 0 for a row without one. embeds (B, L, D), padded on the
         right; fact (B, L): negative for text; gate (B, F), None: all facts are there; targets (B, L), -1 where nothing
         is learned; valid (B,): tokens of each row."""
-        states = self.model(embeds=embeds, facts=GatedFacts(fact, gate), states=True)
+        states = self.model(embeds=embeds, facts=GatedFacts(fact, gate, valid), states=True)
         learned = targets != IGNORE
         logits = self.model.lm_head(states[learned]).float()
         each = F.cross_entropy(logits, targets[learned], reduction="none")
