@@ -44,8 +44,7 @@ class GatedFacts:
         """(B, L): the gate of each token for those outside of its fact; 1 for text."""
         if self.gate is None:
             return None
-        gates = self.gate.gather(1, self.fact.clamp_min(0))
-        return torch.where(self.fact >= 0, gates, torch.ones_like(gates))
+        return F.pad(self.gate, (1, 0), value=1.0).gather(1, self.fact.clamp_min(-1) + 1)
 
     def positions(self) -> Tensor:
         """(B, L): how many tokens are there before each one; tokens of a closed fact count on within it."""
@@ -84,6 +83,12 @@ class GatedFacts:
     def after_facts(self) -> Tensor:
         """(B, L) bool: text with no fact behind it."""
         return (self.fact >= 0).flip(1).cumsum(1).flip(1) == 0
+
+    def after_borders(self, valid: Tensor | None) -> Tensor:
+        """(B, L) bool: text with no border between it and the row's last token, the valid-th (B,) or the L-th."""
+        pieces = F.pad((self.fact[:, 1:] != self.fact[:, :-1]).long(), (1, 0)).cumsum(1)
+        last = torch.full_like(pieces[:, :1], pieces.shape[1]) if valid is None else valid.unsqueeze(-1)
+        return (pieces == pieces.gather(1, (last - 1).clamp_min(0))) & (self.fact < 0)
 
 
 @dataclass

@@ -151,13 +151,15 @@ class Mamba2(nn.Module):
         B, L, _ = x.shape
         G, N, H = self.n_groups, self.d_state, self.n_head
         joined = self.in_proj(x)
-        z, xBC, dt = joined.split([self.d_inner, self.d_inner + 2 * G * N, H], dim=-1)
         # decays and states are in fp32 (or float64) whatever the rest runs in: a state is a long product of decays
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        low, gates = joined.dtype, facts.tokens() if facts is not None else None
+        if gates is not None:  # a step's gradient is a small difference of large sums, of which bf16 leaves noise
+            joined = joined.to(exact)
+        z, xBC, dt = joined.split([self.d_inner, self.d_inner + 2 * G * N, H], dim=-1)
         dt = F.softplus(dt.to(exact) + self.dt_bias.to(exact))
         A, D = -self.A_log.to(exact).exp(), self.D.to(exact)
         conv_idx = seq_idx if facts is None else facts.fact  # where the convolution starts anew
-        gates = facts.tokens() if facts is not None else None
         if (
             cache is None
             and gates is None
@@ -178,7 +180,7 @@ class Mamba2(nn.Module):
         past = cache.conv if cache is not None else None
         last = None
         if cache is not None:
-            seen = xBC if facts is None else xBC * facts.after_facts().unsqueeze(-1)
+            seen = xBC if facts is None else xBC * facts.after_borders(valid).unsqueeze(-1)
             last = self._last_inputs(seen, past, valid)
         xBC = causal_conv_silu(xBC, self.conv_weight, self.conv_bias, past, conv_idx)
         one_step = cache is not None and L == 1 and cache.ssm is not None
@@ -194,7 +196,7 @@ class Mamba2(nn.Module):
             y, state = ssd_scan(xs, dt, A, Bm, Cm, cache.ssm if cache is not None else None, seq_idx, D)
         if cache is not None:
             cache.write(last, state)
-        return self.out_proj(self.norm(y.reshape(B, L, self.d_inner).to(z.dtype), z))
+        return self.out_proj(self.norm(y.reshape(B, L, self.d_inner).to(z.dtype), z).to(low))
 
     def _last_inputs(self, xBC: Tensor, past: Tensor | None, valid: Tensor | None) -> Tensor:
         """The convolution's last W - 1 real inputs of each row."""

@@ -185,6 +185,36 @@ def test_rows_of_different_length_are_read_into_a_cache(model):
             assert torch.allclose(after[row], alone[-1], atol=1e-4)
 
 
+def test_decoding_after_text_in_pieces_shorter_than_the_convolution(model):
+    tokens, tail = rows(1, 7), rows(1, 4)
+    fact = torch.tensor([[-1] * 5 + [-2] * 2])  # as where all facts between were dropped
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        wanted = model(torch.cat([tokens, tail], 1), facts=GatedFacts(torch.cat([fact, fact[:, -1:].expand(1, 4)], 1)))
+        model(tokens, facts=GatedFacts(fact), cache=cache)
+        found = torch.cat([model(token[:, None], cache=cache) for token in tail.unbind(1)], 1)
+    assert torch.allclose(found, wanted[:, 7:], atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients_of_gates_in_bf16(pattern, make_model):
+    model = make_model(40, pattern, noise=0.1)
+    tokens = rows(2)
+    targets = torch.where(TEXT, tokens.roll(-1, 1), -1)
+    gate = torch.tensor([[0.0, 1, 0, 1], [1, 0, 0, 1]], requires_grad=True)
+    (exact,) = torch.autograd.grad(model(tokens, targets, facts=facts_of(gate, 2)), gate)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, targets, facts=facts_of(gate, 2))
+    (found,) = torch.autograd.grad(loss, gate)
+    assert (found - exact).norm() < 0.1 * exact.norm(), (found, exact)
+
+
+def test_rows_without_any_fact(model):
+    tokens, fact = rows(2, 9), torch.full((2, 9), -1)
+    with torch.no_grad():
+        assert torch.allclose(model(tokens, facts=GatedFacts(fact, torch.zeros(2, 0))), model(tokens), atol=1e-5)
+
+
 def test_what_cannot_be_combined_says_so(model):
     tokens, facts = rows(1), facts_of(torch.ones(1, 4), 1)
     with pytest.raises(ValueError, match="without gates"):
