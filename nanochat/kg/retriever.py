@@ -211,7 +211,7 @@ class KGRetriever(Retriever):
 
     def _by_rule(self, graph: Graph, grounded: Grounded, text: str) -> Found:
         """Facts of the topics, by the question's words that the relation has, one more if both ends are topics; of
-        equal ones those first whose other end has few facts. Below 1."""
+        equal ones those first whose ends have few facts. Below 1."""
         topics = np.unique(np.array(grounded.topics, dtype=np.int64))
         edges = graph.edges[graph.edges_of(topics)]
         facts = np.unique(np.where(edges < 0, ~edges, edges)).astype(np.int64)
@@ -221,9 +221,9 @@ class KGRetriever(Retriever):
         relations, relation = np.unique(graph.relations[facts], return_inverse=True)
         names = (graph.relation_names[number] for number in relations.tolist())
         shared = np.array([len(wanted.intersection(self.analyzer.terms(name))) for name in names])[relation]
-        from_topic, to_topic = (np.isin(ends[facts], topics) for ends in (graph.heads, graph.tails))
-        other = np.where(from_topic, graph.tails[facts], graph.heads[facts])
-        scores = shared + (from_topic & to_topic) + 1 / (1 + graph.degrees[other])
+        heads, tails = graph.heads[facts], graph.tails[facts]
+        named = np.isin(heads, topics) & np.isin(tails, topics)
+        scores = shared + named + 1 / (1 + np.maximum(graph.degrees[heads], graph.degrees[tails]))
         return facts, scores / (len(wanted) + 2)
 
     def _tell_rule(self) -> None:
