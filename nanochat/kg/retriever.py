@@ -44,8 +44,8 @@ from nanochat.retrieval.segment import Encode
 QUERIES = 256  # whose subgraphs are held at a time
 BATCH_FACTS = 65_536  # that the fact retriever reads at a time
 LOGIT_DIGITS = 3
-"""Two actors of one film are the same to the fact retriever, up to rounding, and what a batch has beside them must not
-decide who comes first."""
+"""Two actors of one film are the same to the fact retriever, up to the last bits, which depend on what else is in the
+batch; these must not decide who comes first. Of 150 3-hop rankings of MetaQA two did change with the batch."""
 
 Found = tuple[np.ndarray, np.ndarray]  # facts of the graph, and the score of each
 

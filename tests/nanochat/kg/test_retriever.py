@@ -169,6 +169,19 @@ def test_best_first_ties_by_id(make):
     assert len({score for _, score in tied}) == 1 and [id for id, _ in tied] == sorted(twin.id for twin in twins)
 
 
+def test_the_last_bits_of_a_logit_decide_nothing():
+    class Noisy(FactRetriever):
+        def forward(self, batch):
+            scored = super().forward(batch)
+            scored.facts += 1e-5 * torch.rand_like(scored.facts)
+            return scored
+
+    retriever = KGRetriever(Noisy(RetrieverConfig(width=16), RELATIONS), threshold=0.0)
+    twins = [fact_document(("hub", "starred_actors", f"actor {number}")) for number in range(20)]
+    retriever.add(twins)
+    assert [document.id for document in retriever.search(["[hub]"], 20)[0]] == sorted(twin.id for twin in twins)
+
+
 def test_top_k_is_the_beginning_of_a_longer_list_and_checked(make):
     retriever = make()
     retriever.add(random_facts())
@@ -181,11 +194,14 @@ def test_top_k_is_the_beginning_of_a_longer_list_and_checked(make):
         retriever.search("film 1")
 
 
-def test_one_query_alone_equals_the_batch(make, monkeypatch):
-    monkeypatch.setattr("nanochat.kg.retriever.QUERIES", 2)
+@pytest.mark.parametrize(("queries", "facts"), [(2, 65_536), (256, 65_536), (256, 50)])
+def test_one_query_alone_equals_the_batch(make, monkeypatch, queries, facts):
+    monkeypatch.setattr("nanochat.kg.retriever.QUERIES", queries)
+    monkeypatch.setattr("nanochat.kg.retriever.BATCH_FACTS", facts)
     retriever = make()
     retriever.add(random_facts())
-    same([hits(retriever, [query])[0] for query in QUERIES], search(retriever))
+    mixed = [*reversed(QUERIES), *QUERIES]  # those that name nothing stand among the others
+    same([hits(retriever, [query])[0] for query in mixed], hits(retriever, mixed))
 
 
 def test_score_gives_what_search_gave_and_nothing_elsewhere(make):
@@ -256,6 +272,14 @@ def test_adds_and_deletes_equal_a_fresh_build(make):
     same(search(retriever, 1000), search(fresh, 1000))
 
 
+def test_what_max_facts_cuts_off_does_not_depend_on_the_order_of_adding(make):
+    facts = random_facts()
+    one, other = make(max_facts=9), make(max_facts=9)
+    one.add(facts)
+    other.add(reversed(facts))
+    same(search(one, 1000), search(other, 1000))
+
+
 @pytest.mark.parametrize("count", [0, 1, 80])
 def test_saved_and_loaded_equals_itself(make, count, tmp_path):
     retriever = make()
@@ -324,6 +348,24 @@ def test_a_base_lives_through_changes_in_any_order(tmp_path, monkeypatch):
             same(search(read, 1000), search(fresh, 1000))
     assert (path / manager.version / "fact_retriever").is_dir()
     assert Graph.load(path / manager.version / "graph").num_facts == len(there)
+
+
+def test_a_new_version_is_read_and_not_made_again_though_its_segments_lie_in_another_order(tmp_path, monkeypatch):
+    path, facts = tmp_path / "kb", random_facts()
+    build_knowledge_base(facts[:30], path, "kg")
+    manager = RetrievalManager(knowledge_base_path=path)
+    add_documents(path, facts[30:50])
+    changed = open_knowledge_base(path).retriever()
+    changed.delete([document.id for document in facts[:12]])
+    assert [len(segment) for segment in changed.documents.segments] == [18, 20]  # the first is written anew
+    delete_documents(path, [document.id for document in facts[:12]])
+    assert [len(segment) for segment in open_knowledge_base(path).documents.segments] == [20, 18]
+    fresh = create_retriever("kg")
+    fresh.add(facts[12:50])
+    expected = search(fresh, 1000)
+    monkeypatch.setattr("nanochat.kg.retriever.FactIndex.build", None)
+    assert manager.refresh(now=True)
+    same(search(manager, 1000), expected)
 
 
 def test_other_retrievers_search_the_same_base_and_kg_needs_facts(tmp_path):
