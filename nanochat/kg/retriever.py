@@ -245,7 +245,10 @@ class KGRetriever(Retriever):
         if len(documents):
             FactIndex.build(documents).save(directory)
         if self.fact_retriever is not None:
-            self.fact_retriever.save(directory / "fact_retriever")
+            folder = directory / "fact_retriever"
+            self.fact_retriever.save(folder)
+            # safetensors makes its file private; others may read a knowledge base
+            (folder / "retriever.safetensors").chmod((folder / "retriever.json").stat().st_mode & 0o777)
 
     def load_beside(self, directory: Path) -> None:
         self._index = None

@@ -173,7 +173,7 @@ def main() -> None:
 def build(config: Config, settings: dict[str, Any]) -> None:
     if not (config.documents or config.triples) or config.output is None:
         raise UserError(
-            "give --documents FILE.jsonl (or --triples FILE) --output DIRECTORY to build a knowledge base, "
+            "give --documents FILE.jsonl --output DIRECTORY (facts: --triples FILE) to build a knowledge base, "
             'or --search "text" --knowledge_base DIRECTORY to try one; --help lists all settings'
         )
     retriever_type = config.type or ("kg" if config.triples else "simple")
