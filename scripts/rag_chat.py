@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from nanochat.common import UserError, compute_cleanup, compute_init, get_base_d
 from nanochat.config import load_config
 from nanochat.conversation import answer_ids, count_documents, render_prompt
 from nanochat.engine import Engine
+from nanochat.kg.documents import fact_of
+from nanochat.kg.drawing import ARROWS, PLAIN, draw
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.sampling import Sampling
 from nanochat.searching import Request, Searching
@@ -42,7 +44,7 @@ class Config:
     model_tag: str = ""
     """Which model of that stage; empty: the one trained last."""
     retriever_type: str | None = None
-    """simple, bm25, dense or hybrid; if not given, what the knowledge base was built for."""
+    """simple, bm25, dense, hybrid or kg; if not given, what the knowledge base was built for."""
     top_k: int | None = None
     """Documents to find for each question (5), or for each search of a model that searches by itself (as in its
     training)."""
@@ -209,11 +211,30 @@ def printable(text: str) -> str:
 def format_source(source: Source, full: bool = False) -> str:
     document = source.document
     label = " ".join(printable(document.title).split()) or printable(document.id)
-    line = f"[{source.number}] {document.score:.3f}  {label}" + ("" if source.read else "  (did not fit, not read)")
+    line = _source_line(source, label)
     if not full:
         return line
     origin = f"{document.id}, {document.source}" if document.source else document.id
     return f"{line}\n{' '.join(printable(origin).split())}\n{printable(document.content)}"
+
+
+def _source_line(source: Source, label: str) -> str:
+    unread = "" if source.read else "  (did not fit, not read)"
+    return f"[{source.number}] {source.document.score:.3f}  {label}{unread}"
+
+
+def format_sources(sources: Sequence[Source], encoding: str | None = "utf-8") -> list[str]:
+    """A line for each; facts of a graph are drawn as one, with arrows that the encoding has."""
+    facts = [fact_of(source.document) for source in sources]
+    if None in facts:
+        return [format_source(source) for source in sources]
+    try:
+        ARROWS.encode(encoding or "ascii")
+        arrows = ARROWS
+    except (UnicodeEncodeError, LookupError):
+        arrows = PLAIN
+    shown = [tuple(" ".join(printable(part).split()) for part in fact) for fact in facts]
+    return [_source_line(sources[at], line) for at, line in draw(shown, arrows)]
 
 
 class Screen:
@@ -247,7 +268,8 @@ class Screen:
             pieces.close()
         self.write(" (stopped)\n" if stopped else "\n")
         if session.sources is not before:  # not stopped before its first word
-            lines = [f"  {format_source(source)}" for source in session.sources] or ["  none found"]
+            shown = format_sources(session.sources, sys.stdout.encoding)
+            lines = [f"  {line}" for line in shown] or ["  none found"]
             searches = [f"searched: {' '.join(printable(query).split())}" for query in session.searches]
             self.write(self.dim + "\n".join([*searches, "sources:", *lines]) + self.normal + "\n")
 

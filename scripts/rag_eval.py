@@ -47,7 +47,7 @@ class Config:
     model_tag: str = ""
     """Name of the model's checkpoint folder; by default the newest."""
     retriever_type: str = ""
-    """simple, bm25, dense or hybrid; by default the one the base was built with."""
+    """simple, bm25, dense, hybrid or kg; by default the one the base was built with."""
     top_k: int = 5
     """Documents retrieved for a question."""
     systems: list[str] = field(default_factory=lambda: ["closed", "rag", "gold"])
@@ -116,12 +116,13 @@ def evaluate_system(
     }
     if any(documents) and any(cited):
         # a number beyond the documents shown is a citation too, of nothing
-        names = [
-            [shown[n - 1].id if 0 < n <= len(shown) else f"[{n}]" for n in numbers]
-            for shown, numbers in zip(documents, cited, strict=True)
+        named = [
+            ([shown[n - 1].id if 0 < n <= len(shown) else f"[{n}]" for n in numbers], query["doc_ids"])
+            for shown, numbers, query in zip(documents, cited, queries, strict=True)
+            if query["doc_ids"]
         ]
-        golds = [q["doc_ids"] for q in queries]
-        scores["citation_precision"], scores["citation_recall"] = citation_scores(names, golds)
+        if named:
+            scores["citation_precision"], scores["citation_recall"] = citation_scores(*zip(*named, strict=True))
     return scores, answers
 
 
@@ -177,11 +178,17 @@ def main() -> None:
         raise UserError(f"{', '.join(map(str, config.queries))}: no question has an answer to compare with")
     if 0 <= config.num_questions < len(queries):
         queries = random.Random(config.seed).sample(queries, config.num_questions)
+    systems = config.systems
+    if not any(query["doc_ids"] for query in queries):  # questions about a graph come with answers alone
+        print0("no question names its gold documents: gold is left out, and recall and citations do not apply")
+        systems = [system for system in systems if system.partition(":")[0] != "gold"]
+        if not systems:
+            raise UserError("no question names its gold documents, which --systems gold needs")
     manager = RetrievalManager(config.retriever_type or None, config.knowledge_base)
     engines: dict[str, tuple[Engine, dict[str, Any]]] = {}
     results: dict[str, dict[str, float]] = {}
     predictions: dict[str, list[str]] = {}
-    for system in config.systems:
+    for system in systems:
         kind, _, source = system.partition(":")
         source = source or config.source
         if source not in engines:
@@ -204,8 +211,10 @@ def main() -> None:
                     found = [
                         recall_at_k([d.id for d in shown], q["doc_ids"], k)
                         for shown, q in zip(documents, queries, strict=True)
+                        if q["doc_ids"]
                     ]
-                    scores[f"recall_at_{k}"] = sum(found) / len(found)
+                    if found:
+                        scores[f"recall_at_{k}"] = sum(found) / len(found)
         results[system] = scores
         print0(f"{system}: EM {scores['em']:.3f}, F1 {scores['f1']:.3f}")
     output = config.output or config.queries[0].parent / "eval" / f"{'-'.join(engines)}-{meta['model_tag']}"

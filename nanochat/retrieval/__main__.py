@@ -10,9 +10,11 @@
     python -m nanochat.retrieval export --output documents.jsonl --knowledge_base data/my_kb
     python -m nanochat.retrieval export --to milvus --uri http://HOST:19530 --knowledge_base data/my_kb
     python -m nanochat.retrieval serve --knowledge_base data/my_kb --port 8090
+    python -m nanochat.retrieval build --triples kb.txt --output data/my_graph --type kg --fact_retriever models/facts
 
 A line of documents: {"id": "policy_001", "title": "Return Policy", "content": "Customers can ...", "source":
-"optional", "metadata": {"lang": "en"}}. Without a command: build, or with --search: search.
+"optional", "metadata": {"lang": "en"}}. A line of triples: Titanic|directed_by|James Cameron; each becomes a document
+(nanochat/kg/documents.py), which other retrievers can search too. Without a command: build, or with --search: search.
 
 search, add, delete and stats also take a knowledge base that is elsewhere: --knowledge_base http://HOST:8090 (serve),
 milvus:http://HOST:19530#documents or milvus:data/big.db#documents.
@@ -29,7 +31,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +39,7 @@ from typing import Any, Literal
 from nanochat.common import UserError, print0, run_main
 from nanochat.config import load_config
 from nanochat.retrieval import sharding
-from nanochat.retrieval.create import setting_names
+from nanochat.retrieval.create import RETRIEVER_TYPES, setting_names
 from nanochat.retrieval.dense import DenseRetriever
 from nanochat.retrieval.document import Document, iter_documents, write_jsonl
 from nanochat.retrieval.filters import parse_filters
@@ -58,6 +60,8 @@ from nanochat.retrieval.serve import Server
 class Config:
     documents: Path | None = None
     """build, add: the JSONL file to read."""
+    triples: list[Path] = field(default_factory=list)
+    """build, add: in its place files of facts, with commas between them (nanochat/kg/triples.py)."""
     output: Path | None = None
     """build: the directory of the knowledge base; one that is there gets a new version. export: a JSONL file."""
     knowledge_base: str | None = None
@@ -70,7 +74,7 @@ class Config:
     """export --to milvus: the name there."""
     replace: bool = False
     """export --to milvus: throw away what the collection has."""
-    type: Literal["simple", "bm25", "dense", "hybrid"] | None = None
+    type: Literal["simple", "bm25", "dense", "hybrid", "kg"] | None = None
     """The retriever (build: simple if not given; others: the one the base was built with)."""
     search: str | None = None
     """search: what to look for."""
@@ -96,7 +100,7 @@ class Config:
     """dense, hybrid: a sentence-transformers model, by name or folder (all-MiniLM-L6-v2), or self, self:SOURCE,
     self:SOURCE/TAG: one of our own (scripts.embed_finetune)."""
     device: str | None = None
-    """dense, hybrid: where the model runs (cpu, cuda; chosen if not given)."""
+    """dense, hybrid, kg: where the model runs (cpu, cuda; chosen if not given)."""
     batch_size: int | None = None
     """dense, hybrid: texts encoded at a time (64)."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
@@ -133,9 +137,19 @@ class Config:
     """How often the words of a title count (1)."""
     sublinear: bool | None = None
     """simple: dampen repeats of a word by a logarithm (true)."""
+    fact_retriever: Path | None = None
+    """kg: the folder of a trained one, which the base keeps; without it facts are ranked by their words."""
+    max_hops: int | None = None
+    """kg: how far from what a question names (3)."""
+    hub_degree: int | None = None
+    """kg: entities of more facts are not gone through, if the question does not name them (100)."""
+    max_facts: int | None = None
+    """kg: facts looked at for a question (4,096)."""
+    threshold: float | None = None
+    """kg: facts of a smaller probability are not found (0.01)."""
 
 
-_SETTINGS = {name for kind in ("simple", "bm25", "dense", "hybrid") for name in setting_names(kind)}
+_SETTINGS = {name for kind in RETRIEVER_TYPES for name in setting_names(kind)}
 
 
 def main() -> None:
@@ -157,24 +171,24 @@ def main() -> None:
 
 
 def build(config: Config, settings: dict[str, Any]) -> None:
-    if config.documents is None or config.output is None:
+    if not (config.documents or config.triples) or config.output is None:
         raise UserError(
-            "give --documents FILE.jsonl --output DIRECTORY to build a knowledge base, "
+            "give --documents FILE.jsonl --output DIRECTORY (facts: --triples FILE) to build a knowledge base, "
             'or --search "text" --knowledge_base DIRECTORY to try one; --help lists all settings'
         )
-    retriever_type = config.type or "simple"
+    retriever_type = config.type or ("kg" if config.triples else "simple")
     started = time.perf_counter()
-    documents = _Progress(config.documents)
+    documents = _given(config)
     knowledge_base = build_knowledge_base(documents, config.output, retriever_type, **settings)
     _say_written(knowledge_base, f"built {retriever_type}", documents.count, time.perf_counter() - started)
     print0(f'try it: python -m nanochat.retrieval --search "..." --knowledge_base {config.output}')
 
 
 def add(config: Config, settings: dict[str, Any]) -> None:
-    if config.documents is None:
-        raise UserError("give the documents to add: --documents FILE.jsonl")
+    if not (config.documents or config.triples):
+        raise UserError("give the documents to add: --documents FILE.jsonl, or --triples FILE")
     started = time.perf_counter()
-    documents = _Progress(config.documents)
+    documents = _given(config)
     if far := _elsewhere(config, settings):
         far.add(documents)
         print0(f"added {documents.count:,} documents in {time.perf_counter() - started:.1f} s; {len(far):,} are there")
@@ -353,21 +367,38 @@ def _token() -> dict[str, str]:
     return {"token": os.environ["MILVUS_TOKEN"]} if os.environ.get("MILVUS_TOKEN") else {}
 
 
-class _Progress:
-    """The documents of a file; on a terminal with a line of progress."""
+def _given(config: Config) -> _Progress:
+    """The documents of --documents, or the facts of --triples."""
+    if not config.triples:
+        return _Progress(config.documents)
+    if config.documents:
+        raise UserError("give --documents or --triples, not both")
+    from nanochat.kg.documents import fact_documents
+    from nanochat.kg.triples import read_facts
 
-    def __init__(self, path: Path):
-        self.path, self.count, self.bytes = path, 0, 0
+    facts = read_facts(config.triples)
+    print0(facts.report)
+    return _Progress(None, fact_documents(facts), len(facts.heads))
+
+
+class _Progress:
+    """The documents of a file, or these; on a terminal with a line of progress."""
+
+    def __init__(self, path: Path | None, documents: Iterable[Document] = (), total: int = 0):
+        """total: how many they are."""
+        self.path, self.documents, self.total = path, documents, total
+        self.count = self.bytes = 0
 
     def __iter__(self) -> Iterator[Document]:
         started = shown = time.perf_counter()
         watched = sys.stderr.isatty()
-        for document in iter_documents(self.path, self._read):
+        for document in iter_documents(self.path, self._read) if self.path else self.documents:
             yield document
             self.count += 1
             if watched and (now := time.perf_counter()) - shown > 1:
                 shown, seconds = now, now - started
-                left = seconds / self.bytes * max(0, os.path.getsize(self.path) - self.bytes)
+                done, all = (self.bytes, os.path.getsize(self.path)) if self.path else (self.count, self.total)
+                left = seconds / done * max(0, all - done)
                 line = f"{self.count:,} documents, {self.count / seconds:,.0f} a second, {left:.0f} s left"
                 print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
         if shown > started:

@@ -9,6 +9,7 @@
           postings/                           their words, for simple and bm25
           embeddings.npy index.faiss          their vectors, for dense and hybrid
           dead.npy dead_terms.npy             which of them are deleted
+        graph/  fact_retriever/               of all documents, for kg
       v0001/               the version before, for readers that still have it open
 
 A change is built in a directory beside, flushed to disk, renamed to the next version, and then CURRENT is replaced: a
@@ -89,6 +90,8 @@ class KnowledgeBase:
         if wanted in ("dense", "hybrid") and embeds:
             self._check_embedding_model(retriever)
         retriever.use(self.documents)
+        with self._reading():
+            retriever.load_beside(self.directory)
         return retriever
 
     def _check_embedding_model(self, retriever: Retriever) -> None:
@@ -193,7 +196,8 @@ def _damaged(path: Path, version: str, reason: str, manifest: dict[str, Any]) ->
 
 def _build_command(path: str | Path, retriever_type: str | None = None, model: str | None = None) -> str:
     retriever_type = retriever_type if retriever_type in RETRIEVER_TYPES else "bm25"
-    command = f"python -m nanochat.retrieval --documents DOCUMENTS.jsonl --output {path} --type {retriever_type}"
+    given = "--triples FACTS.txt" if retriever_type == "kg" else "--documents DOCUMENTS.jsonl"
+    command = f"python -m nanochat.retrieval {given} --output {path} --type {retriever_type}"
     return command + (f" --model {model}" if model and retriever_type in ("dense", "hybrid") else "")
 
 
@@ -399,6 +403,7 @@ def _write_version(
                 shutil.rmtree(building / name)
         if info:
             (building / "embedding_model.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        retriever.save_beside(building)
         manifest = {
             "format_version": FORMAT_VERSION,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -153,6 +153,7 @@ class RetrievalManager:
         )
         if same:  # its embedding model need not be loaded again
             retriever = self.retriever.over(knowledge_base.documents)
+            retriever.load_beside(knowledge_base.directory)
         else:
             retriever = knowledge_base.retriever(self._asked_type, **self.settings)
         with self._lock:

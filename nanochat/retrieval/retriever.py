@@ -69,6 +69,12 @@ class Retriever(ABC):
         """Search this collection from now on."""
         self.documents = documents
 
+    def save_beside(self, directory: Path) -> None:  # noqa: B027, most retrievers have nothing
+        """Write what is made of the whole collection, beside the documents that lie in this directory already."""
+
+    def load_beside(self, directory: Path) -> None:  # noqa: B027
+        """Read that again; the documents in use are those of this directory."""
+
     # --- the contract
 
     def __len__(self) -> int:
@@ -157,7 +163,9 @@ class Retriever(ABC):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.documents.save(directory)
+        self.save_beside(directory)
 
     def load(self, directory: str | Path) -> Retriever:
         self.use(Collection.load(Path(directory)))
+        self.load_beside(Path(directory))
         return self
