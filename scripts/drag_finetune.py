@@ -240,6 +240,7 @@ def learn_together(
     ]
     meta = {"drag": dataclasses.asdict(drag.config), "fact_retriever": dataclasses.asdict(retriever.config)}
     meta |= {"vocabulary": retriever.vocabulary, "hub_degree": config.hub_degree, "max_hops": config.max_hops}
+    meta["max_facts"] = config.max_facts
     run_dir = checkpoint_root("drag", config.model_tag or tag)
     phases = [phase for phase in phases if phase.steps]
     if config.generator:

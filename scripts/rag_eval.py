@@ -1,9 +1,10 @@
-"""Answer the same questions closed book, from retrieved documents, from the gold documents, and by searching, and
-compare.
+"""Answer the same questions closed book, from retrieved documents, from the gold documents, by searching, and from the
+facts of a graph, and compare.
 
     python -m scripts.rag_eval --knowledge_base data/rag_examples/knowledge_base \
         --queries data/rag_examples/queries/test.jsonl
     python -m scripts.rag_eval --systems rag,refrag:refrag,refrag:refrag_rl --knowledge_base ... --queries ...
+    python -m scripts.rag_eval --systems drag --graph data/kg --queries data/rag_examples/queries/multihop_test.jsonl
 
 EM and F1 as in SQuAD (nanochat/metrics.py), of the answer without its citations, which are scored apart. One table,
 and the same as JSON beside it and, with --json, in the last line.
@@ -18,11 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import load_model
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_model
 from nanochat.common import UserError, atomic_write_text, compute_init, print0, run_main
 from nanochat.config import config_to_dict, format_config, load_config
 from nanochat.conversation import answer_text, render_prompt
 from nanochat.engine import Engine
+from nanochat.kg.drag import load_drag
+from nanochat.kg.drag_data import answer_all, ask, score_answers
+from nanochat.kg.graph import Graph
+from nanochat.kg.linking import Linker
+from nanochat.kg.questions import Question
 from nanochat.metrics import citation_scores, exact_match, f1, recall_at_k, split_citations
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries, write_jsonl
@@ -30,18 +38,20 @@ from nanochat.searching import Searching
 from nanochat.training import autocast, resolve_dtype
 from tasks.refrag import multi_hop_figures
 
-SYSTEMS = ("closed", "rag", "gold", "refrag")
+SYSTEMS = ("closed", "rag", "gold", "refrag", "drag")
 
 
 @dataclass(kw_only=True)
 class Config:
     """Evaluate a model's answers with and without documents."""
 
-    knowledge_base: Path
-    """Directory of the knowledge base."""
     queries: list[Path]
     """Files of questions with answers and gold documents (queries/test.jsonl), separated by commas. Questions that the
     knowledge base holds no answer to are asked where every system searches by itself (refrag), else left out."""
+    knowledge_base: Path | None = None
+    """Directory of the knowledge base; drag needs none."""
+    graph: Path | None = None
+    """drag: folder of the graph."""
     source: str = "rag"
     """Checkpoint to evaluate: rag, mid or base."""
     model_tag: str = ""
@@ -51,8 +61,8 @@ class Config:
     top_k: int = 5
     """Documents retrieved for a question."""
     systems: list[str] = field(default_factory=lambda: ["closed", "rag", "gold"])
-    """closed: no documents; rag: the retrieved ones; gold: the gold ones only; refrag: the model searches. Separated by
-    commas; with another checkpoint's source after a colon, refrag:refrag_rl."""
+    """closed: no documents; rag: the retrieved ones; gold: the gold ones only; refrag: the model searches; drag: facts
+    of a graph. Separated by commas; with another checkpoint's source after a colon, refrag:refrag_rl."""
     top_k_per_hop: int | None = None
     """refrag: documents shown after a search; by default what the model was trained with."""
     max_hops: int | None = None
@@ -165,6 +175,35 @@ def evaluate_searching(
     return scores, [text for text, _ in answers]
 
 
+def evaluate_graph(
+    queries: list[dict], config: Config, source: str, device: torch.device
+) -> tuple[dict[str, float], list[str], dict[str, Any]]:
+    """The same from the facts of a graph, of the first answer; and what all of them are worth as a set. Questions that
+    name no entity are answered with nothing."""
+    if config.graph is None:
+        raise UserError("drag reads a graph: give --graph FOLDER (scripts.kg_prepare build makes one)")
+    graph = Graph.load(config.graph)
+    drag, meta = load_drag(checkpoint_root(source, find_model_tag(source, config.model_tag)), graph, device=device)
+    questions = [Question(query["id"], query["query"], query["answers"]) for query in queries]
+    began = time.perf_counter()
+    asked, _ = ask(graph, Linker(graph), questions, meta["max_hops"], meta["hub_degree"], meta["max_facts"])
+    ids = [one.question.id for one in asked.grounded]
+    found = dict(zip(ids, answer_all(drag, asked, range(len(asked))), strict=True))
+    seconds = time.perf_counter() - began
+    answers = [found[query["id"]].answers if query["id"] in found else [] for query in queries]
+    first = [names[0] if names else "" for names in answers]
+    rows = []
+    for query, names, text in zip(queries, answers, first, strict=True):
+        worth = score_answers(names, query["answers"])
+        worth = {f"set_{name}" if name in ("em", "f1") else name: value for name, value in worth.items()}
+        rows.append(worth | {"em": exact_match(text, query["answers"]), "f1": f1(text, query["answers"])})
+    scores = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    scores["facts_kept"] = sum(len(answer.facts) for answer in found.values()) / len(queries)
+    scores["prompt_tokens"] = sum(answer.prompt_tokens for answer in found.values()) / len(queries)
+    scores["seconds_per_question"] = seconds / len(queries)
+    return scores, [", ".join(names) for names in answers], meta
+
+
 def main() -> None:
     config = load_config(Config)
     print0(format_config(config))
@@ -184,16 +223,27 @@ def main() -> None:
         systems = [system for system in systems if system.partition(":")[0] != "gold"]
         if not systems:
             raise UserError("no question names its gold documents, which --systems gold needs")
-    manager = RetrievalManager(config.retriever_type or None, config.knowledge_base)
+    manager = None
+    if any(system.partition(":")[0] != "drag" for system in systems):
+        if config.knowledge_base is None:
+            raise UserError("give --knowledge_base DIRECTORY: all systems but drag search one")
+        manager = RetrievalManager(config.retriever_type or None, config.knowledge_base)
     engines: dict[str, tuple[Engine, dict[str, Any]]] = {}
     results: dict[str, dict[str, float]] = {}
     predictions: dict[str, list[str]] = {}
+    checkpoints: dict[str, str] = {}
     for system in systems:
         kind, _, source = system.partition(":")
+        if kind == "drag":
+            results[system], predictions[system], meta = evaluate_graph(queries, config, source or kind, compute.device)
+            checkpoints[source or kind] = meta["directory"]
+            print0(f"{system}: Hits@1 {results[system]['hits1']:.3f}, F1 of the sets {results[system]['set_f1']:.3f}")
+            continue
         source = source or config.source
         if source not in engines:
             model, tokenizer, meta = load_model(source, compute.device, "eval", config.model_tag)
             engines[source] = Engine(model, tokenizer), meta
+            checkpoints[source] = meta["directory"]
         engine, meta = engines[source]
         if kind == "refrag":
             results[system], predictions[system] = evaluate_searching(engine, queries, manager, config, meta)
@@ -217,12 +267,12 @@ def main() -> None:
                         scores[f"recall_at_{k}"] = sum(found) / len(found)
         results[system] = scores
         print0(f"{system}: EM {scores['em']:.3f}, F1 {scores['f1']:.3f}")
-    output = config.output or config.queries[0].parent / "eval" / f"{'-'.join(engines)}-{meta['model_tag']}"
-    table = format_table(results, len(queries), config.top_k, manager.retriever_type)
+    tag = Path(meta["directory"]).parent.name
+    output = config.output or config.queries[0].parent / "eval" / f"{'-'.join(checkpoints)}-{tag}"
+    table = format_table(results, len(queries), config.top_k, manager.retriever_type if manager else "")
     print0("\n" + table)
     figures = {f"{s}_{k}" if not k.startswith("recall") else k: v for s, r in results.items() for k, v in r.items()}
     figures["n"] = len(queries)
-    checkpoints = {source: meta["directory"] for source, (_, meta) in engines.items()}
     report = {"figures": figures, "config": config_to_dict(config), "checkpoints": checkpoints}
     atomic_write_text(output / "results.json", json.dumps(report, indent=2))
     atomic_write_text(output / "table.md", table + "\n")
@@ -244,6 +294,7 @@ def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retri
         "rag": f"{retriever} top-{top_k}",
         "gold": "gold documents",
         "refrag": "searching",
+        "drag": "facts of a graph",
     }
     searching = any("searches" in r for r in results.values())
     abstaining = any("abstention_recall" in r for r in results.values())

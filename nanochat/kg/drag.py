@@ -66,7 +66,7 @@ def load_drag(
 ) -> tuple[DRAG, dict[str, Any]]:
     """DRAG as scripts.drag_finetune left it in a folder of checkpoints, and the checkpoint's meta."""
     directory = newest(root, step)
-    meta = read_meta(directory)
+    meta = read_meta(directory) | {"directory": str(directory)}
     try:
         shape, config = RetrieverConfig(**meta["fact_retriever"]), DRAGConfig(**meta["drag"])
         retriever = FactRetriever(shape, meta["vocabulary"])
@@ -91,6 +91,7 @@ class Answer:
     answers: list[str]
     facts: list[int]
     probabilities: list[float]
+    prompt_tokens: int
 
 
 @dataclass
@@ -181,7 +182,8 @@ class DRAG:
             names = [name.strip() for name in self.generator.decode(ids).split(SEPARATOR)]
             facts = [int(batch.facts[place]) for place in pool.places[at][pool.mask[at]].tolist()]
             probabilities = pool.logits[at][pool.mask[at]].sigmoid().tolist()
-            found.append(Answer(list(dict.fromkeys(name for name in names if name)), facts, probabilities))
+            names = list(dict.fromkeys(name for name in names if name))
+            found.append(Answer(names, facts, probabilities, int(valid[at])))
         return found
 
     # --- prompts

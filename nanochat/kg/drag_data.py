@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.kg.coverage import Grounded, ground
-from nanochat.kg.drag import DRAG
+from nanochat.kg.drag import DRAG, Answer
 from nanochat.kg.graph import Graph
 from nanochat.kg.linking import Linker
 from nanochat.kg.questions import Question, read_questions
@@ -117,19 +117,24 @@ def score_answers(written: Sequence[str], right: Sequence[str]) -> dict[str, flo
     }
 
 
-def evaluate_drag(drag: DRAG, asked: Asked, questions: Sequence[int], max_facts: int = 16_384) -> dict[str, float]:
-    """Means over these questions: those of score_answers; facts_kept, shown of a question; retriever_recall: whether
-    an answer is an end of a fact that is shown."""
+def answer_all(drag: DRAG, asked: Asked, questions: Sequence[int], max_facts: int = 16_384) -> Iterator[Answer]:
+    """Answers to these questions, in their order."""
     drag.retriever.eval()
     drag.generator.train(False)
-    rows = []
     for chosen in batches(questions, asked.subgraphs, max_facts, 32):
         batch = asked.batch(chosen).to(drag.generator.device)
-        for question, answer in zip(chosen, drag.answer(batch, [asked.texts[q] for q in chosen]), strict=True):
-            one = asked.grounded[question]
-            ends = {int(end) for fact in answer.facts for end in (asked.graph.heads[fact], asked.graph.tails[fact])}
-            figures = score_answers(answer.answers, one.question.answers)
-            rows.append(figures | {"facts_kept": len(answer.facts), "recall": float(bool(ends & set(one.answers)))})
+        yield from drag.answer(batch, [asked.texts[question] for question in chosen])
+
+
+def evaluate_drag(drag: DRAG, asked: Asked, questions: Sequence[int]) -> dict[str, float]:
+    """Means over these questions: those of score_answers; facts_kept, shown of a question; recall: whether an answer is
+    an end of a fact that is shown."""
+    rows = []
+    for question, answer in zip(questions, answer_all(drag, asked, questions), strict=True):
+        one = asked.grounded[question]
+        ends = {int(end) for fact in answer.facts for end in (asked.graph.heads[fact], asked.graph.tails[fact])}
+        figures = score_answers(answer.answers, one.question.answers)
+        rows.append(figures | {"facts_kept": len(answer.facts), "recall": float(bool(ends & set(one.answers)))})
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 

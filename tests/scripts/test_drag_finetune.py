@@ -97,6 +97,13 @@ def test_both_phases_then_killed_and_resumed(home):
     logged = metrics(home, "whole")
     assert len(logged) == 8 and {"hits1", "hit", "f1", "em", "val_facts_kept"} <= logged[-1].keys()
     assert (home / "checkpoints/drag/whole/best").is_dir() and list((home / "checkpoints/drag/whole").glob("*.png"))
+    queries = ["--systems", "drag", "--model_tag", "whole", "--queries", home / "questions.jsonl"]
+    run(home, module="scripts.rag_eval", args=[*queries, "--output", home / "eval"])
+    figures = json.loads((home / "eval/results.json").read_text())["figures"]
+    assert figures["n"] == 61 and 0 < figures["drag_facts_kept"] <= 3 and figures["drag_prompt_tokens"] > 10
+    assert {"drag_hits1", "drag_hit", "drag_set_f1", "drag_set_em", "drag_em", "drag_f1"} <= figures.keys()
+    answers = [json.loads(line)["drag"] for line in (home / "eval/predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 61 and answers[-1] == ""  # a question that names no entity
     # the answers' loss alone has moved the retriever
     start, after = FactRetriever.load(home / "fact_retriever").state_dict(), weights(home, "whole")
     assert any(not torch.equal(tensor, after[f"retriever.{name}"]) for name, tensor in start.items())
