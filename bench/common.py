@@ -9,13 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
 from nanochat.common import keep_freed_memory
 
 
 def start(threads: int) -> None:
     """Fix the threads and the seed, and say on what machine the figures were taken."""
+    import torch  # here, so that a benchmark without it neither waits for it nor counts its memory
+
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     keep_freed_memory()

@@ -1,12 +1,15 @@
 """A knowledge graph from files of facts, and what it has for a file of questions.
 
+    python -m scripts.kg_prepare download --dataset webqsp --output data/webqsp
     python -m scripts.kg_prepare build --triples data/rag_examples/graph.txt --graph data/kg
     python -m scripts.kg_prepare coverage --graph data/kg --questions data/rag_examples/queries/multihop_train.jsonl
     python -m scripts.kg_prepare mine --graph data/kg --questions questions.jsonl --output data/paths.jsonl
     python -m scripts.kg_prepare subgraph --graph data/kg --questions questions.jsonl
 
-build: triples as subject|relation|object, with tabs, or N-Triples (Freebase's dump too). coverage: which entities of
-the questions and answers are not in the graph. mine: the shortest paths from a question's entities to its answers.
+download: WebQSP, CWQ (with their facts) or WebQuestions from the hub, or from files of it: --source FOLDER.
+build: triples as subject|relation|object, with tabs, or N-Triples (Freebase's dump too).
+coverage: which entities of the questions and answers are not in the graph.
+mine: the shortest paths from a question's entities to its answers.
 subgraph: the facts around a question's entities, among which a retriever chooses: how many there are, and how many of
 the answers.
 """
@@ -22,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -29,6 +33,7 @@ from nanochat.common import UserError, print0, run_main
 from nanochat.config import load_config
 from nanochat.kg.coverage import Grounded, coverage, ground, most_missed
 from nanochat.kg.graph import Graph
+from nanochat.kg.hub import WITH_FACTS, download
 from nanochat.kg.linking import Linker
 from nanochat.kg.mining import Miner, neighbourhood
 from nanochat.kg.questions import read_questions
@@ -42,6 +47,10 @@ BATCH = 256  # questions that a process takes at a time
 class Config:
     """Prepare a knowledge graph."""
 
+    dataset: Literal["webqsp", "cwq", "web_questions"] = "webqsp"
+    """download: which."""
+    source: Path | None = None
+    """download: a folder of its parquet or JSONL files, where the hub cannot be reached."""
     graph: Path = Path("data/kg")
     """Folder of the graph."""
     triples: list[Path] = field(default_factory=list)
@@ -59,9 +68,19 @@ class Config:
     max_facts: int = 4096
     """subgraph: facts of one question, at most."""
     output: Path | None = None
-    """mine, subgraph: a JSONL file of what was found for each question."""
+    """mine, subgraph: a JSONL file of what was found for each question. download: a folder."""
     processes: int = 0
     """0: one for each core."""
+
+
+def fetch(config: Config) -> None:
+    output = config.output or Path("data") / config.dataset
+    download(config.dataset, output, config.source)
+    print0(f"wrote {output}")
+    if config.dataset in WITH_FACTS:
+        print0(f"next: python -m scripts.kg_prepare build --triples {output}/facts.txt --graph {output}/graph")
+    else:
+        print0("its graph is Freebase: build one of the dump, or of another set's facts.txt, then look at its coverage")
 
 
 def build(config: Config) -> None:
@@ -115,7 +134,7 @@ def subgraph(config: Config) -> None:
     write(config, graph, records)
 
 
-_COMMANDS = {"build": build, "coverage": show_coverage, "mine": mine, "subgraph": subgraph}
+_COMMANDS = {"download": fetch, "build": build, "coverage": show_coverage, "mine": mine, "subgraph": subgraph}
 
 
 # --- over all questions

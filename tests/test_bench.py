@@ -88,3 +88,15 @@ def test_refrag_searches_twice_for_two_paragraphs(tmp_path):
         file.write(json.dumps(record) + "\n")
     figures = figures_of("refrag", "--part", "hotpot", "--data", str(tmp_path))
     assert figures == {"hotpot_recall_single": 0, "hotpot_recall_2hop": 1}
+
+
+def test_kg(tmp_path):
+    with gzip.open(tmp_path / "kb.txt.gz", "wt") as file:
+        file.write("Film|directed_by|Ann\nFilm|starred_actors|Bo\nOther|directed_by|Ann\n")
+    for hops, line in enumerate(("who directed [Film]\tAnn", "who with [Bo]\tAnn", "what by who with [Bo]\tOther"), 1):
+        with gzip.open(tmp_path / f"{hops}hop_qa_test.txt.gz", "wt") as file:
+            file.write(line + "\n")
+    figures = figures_of("kg", "--facts", "4000", "--many_facts", "8000", "--questions", "20", "--data", str(tmp_path))
+    assert [figures[f"subgraph_recall_{hops}hop"] for hops in (1, 2, 3)] == [1, 1, 1]
+    assert {"load_1m_s", "build_1m_s", "build_10m_s", "peak_10m_gb", "linker_1m_s"} <= set(figures)
+    assert figures["mine_1m_questions_per_s"] > 0 and figures["mine_over_networkx_3hop"] > 0

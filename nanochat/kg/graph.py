@@ -17,16 +17,20 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nanochat.common import UserError, atomic_write_text
+from nanochat.kg.names import hashes_of, key, sorted_keys
 from nanochat.kg.triples import Facts
 
-FORMAT = 1
-ARRAYS = ("heads", "relations", "tails", "starts", "neighbours", "edges", "name_bytes", "name_starts", "name_order")
+FORMAT = 2
+FACT_ARRAYS = ("heads", "relations", "tails", "starts", "neighbours", "edges")
+NAME_ARRAYS = ("name_bytes", "name_starts", "name_order", "key_hashes", "key_entities")
+ARRAYS = (*FACT_ARRAYS, *NAME_ARRAYS)
 
 
 @dataclass
@@ -43,7 +47,11 @@ class Graph:
     name_bytes: np.ndarray  # all entities' names, one behind the other
     name_starts: np.ndarray  # (N + 1,)
     name_order: np.ndarray  # (N,) entities by name
+    key_hashes: np.ndarray  # (N,) hashes of the names as they are compared, ascending
+    key_entities: np.ndarray  # (N,) whose they are
     relation_names: list[str]
+    longest_name: int
+    """Words of the longest name."""
 
     @classmethod
     def build(cls, facts: Facts) -> Graph:
@@ -53,6 +61,7 @@ class Graph:
         order = np.lexsort((others, ends))
         fact = np.arange(E, dtype=np.int32)
         names = [name.encode() for name in facts.entities]
+        key_hashes, key_entities, longest_name = sorted_keys(facts.entities)
         return cls(
             facts.heads,
             facts.relations,
@@ -63,7 +72,10 @@ class Graph:
             np.frombuffer(b"".join(names), dtype=np.uint8),
             np.cumsum([0, *map(len, names)], dtype=np.int64),
             np.array(sorted(range(N), key=names.__getitem__), dtype=np.int32),
+            key_hashes,
+            key_entities,
             facts.relation_names,
+            longest_name,
         )
 
     # --- what is in it
@@ -98,6 +110,18 @@ class Graph:
         found = int(self.name_order[low]) if low < len(self) else None
         return found if found is not None and self.name(found) == name else None
 
+    def reading(self, keys: Sequence[str]) -> list[list[int]]:
+        """For each key (nanochat.kg.names) the entities of names that read like it, ascending."""
+        hashes = hashes_of(keys)
+        begin = np.searchsorted(self.key_hashes, hashes)
+        there = self.key_hashes[np.minimum(begin, len(self) - 1)] == hashes
+        found: list[list[int]] = [[] for _ in keys]
+        for at in np.flatnonzero(there).tolist():
+            last = np.searchsorted(self.key_hashes, hashes[at], side="right")
+            proposed = self.key_entities[begin[at] : last].tolist()
+            found[at] = [entity for entity in proposed if key(self.name(entity)) == keys[at]]
+        return found
+
     def text(self, fact: int) -> str:
         head, relation, tail = self.heads[fact], self.relations[fact], self.tails[fact]
         return f"{self.name(head)}|{self.relation_names[relation]}|{self.name(tail)}"
@@ -120,7 +144,8 @@ class Graph:
         new.mkdir(parents=True)
         for name in ARRAYS:
             np.save(new / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        about = {"format": FORMAT, "relations": self.relation_names, "facts": self.num_facts, "entities": len(self)}
+        about = {"format": FORMAT, "facts": self.num_facts, "entities": len(self), "longest_name": self.longest_name}
+        about["relations"] = self.relation_names
         atomic_write_text(new / "graph.json", json.dumps(about, ensure_ascii=False, indent=1))
         old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
         if directory.exists():
@@ -134,6 +159,10 @@ class Graph:
         directory = Path(directory)
         try:
             about = json.loads((directory / "graph.json").read_text(encoding="utf-8"))
+            if about.get("format") != FORMAT:
+                raise UserError(
+                    f"{directory} has format {about.get('format')}, this program reads {FORMAT}; build it anew"
+                )
             arrays = [np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS]
         except FileNotFoundError as error:
             raise UserError(
@@ -141,6 +170,4 @@ class Graph:
             ) from None
         except (ValueError, OSError) as error:
             raise UserError(f"{directory} cannot be read: {error}") from None
-        if about.get("format") != FORMAT:
-            raise UserError(f"{directory} has format {about.get('format')}, this program reads {FORMAT}; build it anew")
-        return cls(*arrays, about["relations"])
+        return cls(*arrays, about["relations"], about["longest_name"])

@@ -1,20 +1,21 @@
 """Which entities a question names: [brackets] where it has them, else the longest names that stand in it.
 
-Names are compared word by word, without case, accents and punctuation, in a trie. Where two names share words, the one
-of more words is meant, function words last; those alone ("It", "Who", both films) are no name.
+Every run of a question's words is looked up among the graph's names (names.py says how they are compared). Where two
+names share words, the one of more words is meant, function words last; those alone ("It", "Who", both films) are no
+name.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nanochat.kg.graph import Graph
+from nanochat.kg.names import key, words
 
 _BRACKETS = re.compile(r"\[([^\[\]]+)\]")
-_WORD = re.compile(r"[\w\u0300-\u036f]+")  # accents may stand apart from their letters
 _FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -43,24 +44,22 @@ class Linker:
 
     def __init__(self, graph: Graph, aliases: Iterable[tuple[str, str]] = ()):
         self.graph = graph
-        self._next: dict[tuple[int, str], int] = {}  # (node, word) -> node; the root is 0
-        self._named: dict[int, tuple[int, ...]] = {}  # node -> entities whose name ends there
         self._aliases: dict[str, tuple[int, ...]] = {}
-        self._nodes = 1
-        for entity in range(len(graph)):
-            self._add(graph.name(entity), entity)
+        self._alias_keys: dict[str, tuple[int, ...]] = {}
+        self._longest = graph.longest_name
         for alias, name in aliases:
             if (entity := graph.find(name)) is not None:
+                read = key(alias)
                 self._aliases[alias] = (*self._aliases.get(alias, ()), entity)
-                self._add(alias, entity)
+                self._alias_keys[read] = (*self._alias_keys.get(read, ()), entity)
+                self._longest = max(self._longest, read.count(" ") + 1)
 
-    def _add(self, name: str, entity: int) -> None:
-        node = 0
-        for _, _, word in _words(name):
-            node = self._next.setdefault((node, word), self._nodes)
-            self._nodes = max(self._nodes, node + 1)
-        if node and entity not in self._named.get(node, ()):
-            self._named[node] = (*self._named.get(node, ()), entity)
+    def _reading(self, keys: Sequence[str]) -> list[tuple[int, ...]]:
+        """For each key the entities that are called so, by name first, then by alias."""
+        return [
+            tuple(dict.fromkeys((*entities, *self._alias_keys.get(read, ()))))
+            for read, entities in zip(keys, self.graph.reading(keys), strict=True)
+        ]
 
     def entities(self, name: str) -> tuple[int, ...]:
         """Those of exactly this name; if there is none, of this alias; if there is none, of one that reads the same."""
@@ -68,46 +67,31 @@ class Linker:
             return (entity,)
         if name in self._aliases:
             return self._aliases[name]
-        node = 0
-        for _, _, word in _words(name):
-            node = self._next.get((node, word), -1)
-        return self._named.get(node, ())
+        return self._reading([key(name)])[0]
 
     def link(self, question: str) -> list[Mention]:
         """In the order of the text. With brackets, what stands in them and is an entity, and nothing else."""
         if found := list(_BRACKETS.finditer(question)):
             mentions = [Mention(m.start(1), m.end(1), m[1], self.entities(m[1].strip())) for m in found]
             return [mention for mention in mentions if mention.entities]
-        words = _words(question)
-        spans = []  # (words that are no function words, words, first word, entities)
-        for first in range(len(words)):
-            node = 0
-            for at in range(first, len(words)):
-                node = self._next.get((node, words[at][2]), -1)
-                if node < 0:
-                    break
-                telling = sum(word not in _FUNCTION_WORDS for _, _, word in words[first : at + 1])
-                if node in self._named and (telling or at > first):
-                    spans.append((telling, at + 1 - first, first, self._named[node]))
+        places = words(question)
+        plain = [word for _, _, word in places]
+        telling = list(itertools.accumulate((word not in _FUNCTION_WORDS for word in plain), initial=0))
+        spans = [  # (first word, the one after the last)
+            (first, end)
+            for first in range(len(plain))
+            for end in range(first + 1, min(first + self._longest, len(plain)) + 1)
+            if end - first > 1 or telling[end] > telling[first]
+        ]
+        named = self._reading([" ".join(plain[first:end]) for first, end in spans])
+        candidates = [(*span, entities) for span, entities in zip(spans, named, strict=True) if entities]
+        # most words that are no function words, most words, the first
+        candidates.sort(key=lambda c: (telling[c[0]] - telling[c[1]], c[0] - c[1], c[0]))
         taken: set[int] = set()
         mentions = []
-        for _, count, first, entities in sorted(spans, key=lambda span: (-span[0], -span[1], span[2])):
-            places = range(first, first + count)
-            if taken.isdisjoint(places):
-                taken.update(places)
-                start, end = words[first][0], words[first + count - 1][1]
-                mentions.append(Mention(start, end, question[start:end], entities))
+        for first, end, entities in candidates:
+            if taken.isdisjoint(range(first, end)):
+                taken.update(range(first, end))
+                begin, stop = places[first][0], places[end - 1][1]
+                mentions.append(Mention(begin, stop, question[begin:stop], entities))
         return sorted(mentions, key=lambda mention: mention.start)
-
-
-def _words(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, word as it is compared) of each word. A text of punctuation alone is one word, itself."""
-    found = [(m.start(), m.end(), _plain(m[0])) for m in _WORD.finditer(text)]
-    return found or ([(0, len(text), text)] if text.strip() else [])
-
-
-def _plain(word: str) -> str:
-    if word.isascii():
-        return word.lower()
-    decomposed = unicodedata.normalize("NFKD", word)
-    return "".join(letter for letter in decomposed if not unicodedata.combining(letter)).casefold()

@@ -59,14 +59,14 @@ def _read(path: Path) -> Iterator[tuple[str, Question | None]]:
                     raise UserError(f"{path}: not a list of questions; a file may have\n{FORMATS}")
                 for number, record in enumerate(records, 1):
                     where = f"{path}: question {number}"
-                    yield where, _from_record(record, number, where)
+                    yield where, from_record(record, number, where)
                 return
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 if not line.strip():
                     continue
                 if line.lstrip().startswith("{"):
-                    yield where, _from_record(json.loads(line), number, where)
+                    yield where, from_record(json.loads(line), number, where)
                 else:
                     yield where, _from_text(line, number, where)
     except OSError as error:
@@ -83,7 +83,8 @@ def _from_text(line: str, number: int, where: str) -> Question | None:
     return Question(str(number), text.strip(), names, where=where) if text.strip() and names else None
 
 
-def _from_record(record: Any, number: int, where: str) -> Question | None:
+def from_record(record: Any, number: int, where: str) -> Question | None:
+    """A record of one of the FORMATS; number is the id of one that has none. None if it is no question."""
     if not isinstance(record, dict):
         return None
     for wanted, read in _RECORDS:

@@ -110,7 +110,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, tuple[str, str, str] | None]]
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as file:
             split = None
             for number, text in enumerate(file, 1):
-                if not text.strip() or text.startswith("#"):
+                if text.isspace() or text[0] == "#":
                     continue
                 split = split or _format(text)
                 yield number, text, split(text)
@@ -129,8 +129,11 @@ def _format(text: str):
 
 def _by(separator: str):
     def split(text: str) -> tuple[str, str, str] | None:
-        parts = tuple(part.strip() for part in text.split(separator))
-        return parts if len(parts) == 3 and all(parts) else None
+        parts = text.split(separator)
+        if len(parts) != 3:
+            return None
+        head, relation, tail = parts[0].strip(), parts[1].strip(), parts[2].strip()
+        return (head, relation, tail) if head and relation and tail else None
 
     return split
 

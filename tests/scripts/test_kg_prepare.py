@@ -80,11 +80,25 @@ def test_the_example_world(home):
     assert (home / "again.jsonl").read_text().splitlines() == (home / "paths.jsonl").read_text().splitlines()[:20]
 
 
+def test_a_question_set_with_its_facts_becomes_a_graph_that_answers_it(tmp_path):
+    (tmp_path / "hub").mkdir()
+    facts = [["Ann", "born_in", "Or"], ["Or", "in", "X"]]
+    record = {"id": "a", "question": "Where is it?", "answer": ["X"], "q_entity": ["Ann"], "a_entity": ["X"]}
+    (tmp_path / "hub/train.jsonl").write_text(json.dumps({**record, "graph": facts, "choices": []}))
+    out = tmp_path / "out"
+    text = printed("download", "--dataset", "webqsp", "--source", tmp_path / "hub", "--output", out)
+    assert f"next: python -m scripts.kg_prepare build --triples {out}/facts.txt --graph {out}/graph" in text
+    printed(*text.split("next: python -m scripts.kg_prepare ")[1].split())
+    text = printed("mine", "--graph", out / "graph", "--questions", out / "train.jsonl")
+    assert "after 2 facts: 100.00%" in text
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ((), "say what to do"),
         (("build",), "give --triples FILE"),
+        (("download", "--dataset", "webq"), "--dataset: .*webqsp"),
         (("mine", "--graph", "nothing"), "nothing is no graph: .* build it with scripts.kg_prepare"),
         (("coverage", "--graph", "{home}/kg"), "give --questions FILE"),
         (("coverage", "--graph", "{home}/kg", "--questions", "{home}/none.jsonl"), "none.jsonl: No such file"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import types
+
 import pytest
 
+from nanochat.kg import names as names_module
 from nanochat.kg.graph import Graph
-from nanochat.kg.linking import Linker
+from nanochat.kg.linking import _FUNCTION_WORDS, Linker
+from nanochat.kg.names import words
 from nanochat.kg.triples import read_facts
 
 FACTS = """
@@ -63,3 +68,45 @@ def test_the_exact_name_comes_first(linker):
     assert [linker.graph.name(e) for e in linker.entities("who s who")] == ["who s who"]
     assert [linker.graph.name(e) for e in linker.entities("WHO S WHO")] == ["Who's Who", "who s who"]
     assert linker.entities("x") == linker.entities("nobody") == linker.entities("") == ()
+
+
+def slow_link(called: list[tuple[str, int]], question: str) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(start, end, entities) by going through all names at all places. called: names and aliases with entities."""
+    found = words(question)
+    spans = []
+    for first in range(len(found)):
+        for end in range(first + 1, len(found) + 1):
+            span = [word for _, _, word in found[first:end]]
+            entities = dict.fromkeys(e for name, e in called if [word for _, _, word in words(name)] == span)
+            telling = sum(word not in _FUNCTION_WORDS for word in span)
+            if entities and (telling or len(span) > 1):
+                spans.append((-telling, -len(span), first, tuple(entities)))
+    taken, mentions = set(), []
+    for _, length, first, entities in sorted(spans):
+        if not taken & {*range(first, first - length)}:
+            taken |= {*range(first, first - length)}
+            mentions.append((found[first][0], found[first - length - 1][1], entities))
+    return sorted(mentions)
+
+
+@pytest.mark.parametrize("collisions", [False, True])
+def test_a_saved_index_finds_what_going_through_all_names_finds(tmp_path, monkeypatch, collisions):
+    if collisions:  # a hash of three values: names must be compared
+        hashed = types.SimpleNamespace(__wrapped__=lambda text: len(text) % 3)
+        monkeypatch.setattr(names_module, "hash64", hashed)
+    rng = random.Random(0)
+    vocabulary = ["The", "of", "Élan", "elan", "Kor", "KOR", "mi", "Mi!", "it", "été", "日本"]
+    called = list(dict.fromkeys(" ".join(rng.choices(vocabulary, k=rng.randint(1, 4))) for _ in range(80)))
+    (tmp_path / "kb.txt").write_text("".join(f"{name}|is|{called[0]}\n" for name in called[1:]), encoding="utf-8")
+    Graph.build(read_facts([tmp_path / "kb.txt"])).save(tmp_path / "kg")
+    graph = Graph.load(tmp_path / "kg")
+    aliases = [(" ".join(rng.choices(vocabulary, k=rng.randint(1, 6))), rng.choice(called)) for _ in range(10)]
+    linker = Linker(graph, aliases)
+    known = [(graph.name(e), e) for e in range(len(graph))] + [(alias, graph.find(name)) for alias, name in aliases]
+    several = 0
+    for _ in range(200):
+        question = " ".join(rng.choices([*vocabulary, "who", "?"], k=rng.randint(1, 12)))
+        mentions = [(m.start, m.end, m.entities) for m in linker.link(question)]
+        assert mentions == slow_link(known, question)
+        several += any(len(entities) > 1 for _, _, entities in mentions)
+    assert several > 50
