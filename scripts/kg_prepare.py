@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Barrier
 from typing import Literal
 
 import numpy as np
@@ -114,7 +115,7 @@ def show_coverage(config: Config) -> None:
 def mine(config: Config) -> None:
     graph, records, seconds = over_questions(config, _mine)
     reached = [hops for record in records for hops in record["hops"]]
-    facts = [len(record["facts"]) for record in records if record["facts"]]
+    facts = [len(record["facts"]) for record in records if len(record["facts"])]
     print0(f"{len(records):,} questions in {seconds:.1f} s, {len(records) / seconds:,.0f} a second")
     print0(f"answers reached: {sum(hops >= 0 for hops in reached) / max(1, len(reached)):.2%}")
     for hops in sorted(set(reached) - {-1}):
@@ -163,58 +164,59 @@ def read_aliases(path: Path) -> Iterator[tuple[str, str]]:
             yield alias.strip(), name.strip()
 
 
-def over_questions(config: Config, work: Callable[[Sequence[Grounded]], list[dict]]) -> tuple[Graph, list[dict], float]:
+Ends = tuple[list[int], list[int]]  # topics and answers of a question: what is sent to a process
+
+
+def over_questions(config: Config, work: Callable[[Sequence[Ends]], list[dict]]) -> tuple[Graph, list[dict], float]:
     """What `work` finds for all questions, in their order, and the seconds that took."""
     graph = Graph.load(config.graph)
     grounded = grounded_questions(config, graph)
-    batches = [grounded[at : at + BATCH] for at in range(0, len(grounded), BATCH)]
+    ends = [(one.topics, one.answers) for one in grounded]
+    batches = [ends[at : at + BATCH] for at in range(0, len(ends), BATCH)]
     processes = min(config.processes or os.cpu_count() or 1, len(batches))
-    began = time.perf_counter()
     if processes <= 1:
         _begin(config)
-        found = map(work, batches)
-        records = list(itertools.chain.from_iterable(found))
+        began = time.perf_counter()
+        found = list(itertools.chain.from_iterable(map(work, batches)))
     else:
-        with multiprocessing.get_context("spawn").Pool(processes, _begin, (config,)) as pool:
-            pool.map(_nothing, range(processes))  # all are there before the clock runs
+        context = multiprocessing.get_context("spawn")
+        ready = context.Barrier(processes + 1)
+        with context.Pool(processes, _begin, (config, ready)) as pool:
+            ready.wait()  # all are there before the clock runs
             began = time.perf_counter()
-            records = list(itertools.chain.from_iterable(pool.imap(work, batches)))
-    return graph, records, time.perf_counter() - began
+            found = list(itertools.chain.from_iterable(pool.imap(work, batches)))
+    seconds = time.perf_counter() - began
+    records = [
+        {"id": one.question.id, "topics": one.topics, "answers": one.answers} | what
+        for one, what in zip(grounded, found, strict=True)
+    ]
+    return graph, records, seconds
 
 
 _OWN: dict[str, object] = {}  # of a process: its settings, graph and miner
 
 
-def _begin(config: Config) -> None:
+def _begin(config: Config, ready: Barrier | None = None) -> None:
     graph = Graph.load(config.graph)
     _OWN.update(config=config, graph=graph, miner=Miner(graph, config.max_hops, config.hub_degree))
+    if ready is not None:
+        ready.wait()
 
 
-def _nothing(_: int) -> None:
-    pass
+def _mine(batch: Sequence[Ends]) -> list[dict]:
+    found = [_OWN["miner"].mine(topics, answers) for topics, answers in batch]
+    return [{"hops": paths.hops.tolist(), "facts": paths.facts} for paths in found]
 
 
-def _record(one: Grounded) -> dict:
-    return {"id": one.question.id, "topics": one.topics, "answers": one.answers}
-
-
-def _mine(grounded: Sequence[Grounded]) -> list[dict]:
-    records = []
-    for one in grounded:
-        paths = _OWN["miner"].mine(one.topics, one.answers)
-        records.append(_record(one) | {"hops": paths.hops.tolist(), "facts": paths.facts.tolist()})
-    return records
-
-
-def _subgraph(grounded: Sequence[Grounded]) -> list[dict]:
+def _subgraph(batch: Sequence[Ends]) -> list[dict]:
     config, graph = _OWN["config"], _OWN["graph"]
     records = []
-    for one in grounded:
-        around = neighbourhood(graph, one.topics, config.max_hops, config.hub_degree, config.max_facts)
+    for topics, answers in batch:
+        around = neighbourhood(graph, topics, config.max_hops, config.hub_degree, config.max_facts)
         ends = np.concatenate([graph.heads[around.facts], graph.tails[around.facts]])
-        among = float(np.isin(one.answers, ends).mean()) if one.answers else 0.0
+        among = float(np.isin(answers, ends).mean()) if answers else 0.0
         found = {"size": len(around.facts), "cut": not around.complete, "answer_recall": among}
-        records.append(_record(one) | found | ({"facts": around.facts.tolist()} if config.output else {}))
+        records.append(found | ({"facts": around.facts} if config.output else {}))
     return records
 
 
