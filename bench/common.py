@@ -6,10 +6,13 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from nanochat.common import keep_freed_memory
+from nanochat.common import UserError, keep_freed_memory
 
 
 def start(threads: int) -> None:
@@ -41,6 +44,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Markdown; floats with three digits that matter."""
     shown = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [list(header), ["---"] * len(header), *shown])
+
+
+def run_script(base: Path, module: str, *arguments: object, may_fail_with: str = "") -> None:
+    """A script in its own base directory, its output to base/log.txt. may_fail_with: words in the output of a failure
+    that is a result."""
+    began = time.perf_counter()
+    path = base / "log.txt"
+    before = path.stat().st_size if path.exists() else 0
+    with open(path, "a", encoding="utf-8") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    said = path.read_bytes()[before:].decode(errors="replace")
+    if done.returncode and not (may_fail_with and may_fail_with in said):
+        raise UserError(f"{module} failed; its output is in {path}")
+    ended = f", {may_fail_with}" if done.returncode else ""
+    print(f"{module} {base}: {time.perf_counter() - began:.0f} s{ended}", flush=True)
 
 
 def print_figures(figures: dict[str, float], as_json: bool) -> None:

@@ -20,9 +20,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import print_figures, start, table
+from bench.common import print_figures, run_script, start, table
 from nanochat.common import UserError, run_main
 from nanochat.config import load_config
 from nanochat.kg.sampler import binary_gates, top_k_gates
@@ -146,7 +143,7 @@ def metaqa(config: Config) -> dict[str, float]:
     graph = config.home / "kg"
     if not graph.exists():
         config.home.mkdir(parents=True, exist_ok=True)
-        run(config.home, "scripts.kg_prepare", "build", "--triples", data / "kb.txt.gz", "--graph", graph)
+        run_script(config.home, "scripts.kg_prepare", "build", "--triples", data / "kb.txt.gz", "--graph", graph)
     asked = test_questions(config, graph, data)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed in config.seeds:
@@ -189,12 +186,12 @@ def train_system(config: Config, graph: Path, data: Path, name: str, seed: int) 
     common.append(",".join(str(data / f"{hops}hop_qa_dev.txt.gz") for hops in HOPS))
     if not (base / "fact_retriever/retriever.json").exists():
         base.mkdir(parents=True, exist_ok=True)
-        run(base, "scripts.drag_finetune", *common, "--phase", 1, "--num_epochs", 2)
+        run_script(base, "scripts.drag_finetune", *common, "--phase", 1, "--num_epochs", 2)
     if (base / f"trained_{name}").exists():
         return
     shutil.copytree(config.source, base / "checkpoints/rag/start", dirs_exist_ok=True)
     tag = ["--source_tag", "start", "--model_tag", name, "--eval_every", 0]
-    run(base, "scripts.drag_finetune", *common, "--phase", 2, *tag, *SYSTEMS[name], *config.settings.split())
+    run_script(base, "scripts.drag_finetune", *common, "--phase", 2, *tag, *SYSTEMS[name], *config.settings.split())
     (base / f"trained_{name}").touch()
 
 
@@ -205,20 +202,6 @@ def evaluate(config: Config, asked: dict[int, Any], name: str, seed: int) -> dic
     root = config.home / str(seed) / "checkpoints/drag" / name
     drag, _ = load_drag(root, asked[HOPS[0]].graph)
     return {hops: evaluate_drag(drag, of, range(len(of))) for hops, of in asked.items()}
-
-
-def run(base: Path, module: str, *arguments: Any) -> None:
-    began = time.perf_counter()
-    with open(base / "log.txt", "a", encoding="utf-8") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode:
-        raise UserError(f"{module} failed; its output is in {base / 'log.txt'}")
-    print(f"{module} {base}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def main() -> None:

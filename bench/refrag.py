@@ -22,14 +22,12 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.common import print_figures, start, table
+from bench.common import print_figures, run_script, start, table
 from nanochat.common import UserError, run_main
 from nanochat.config import load_config
 from nanochat.retrieval import RetrievalManager
@@ -212,15 +210,24 @@ def train_system(config: Config, base: Path, name: str, seed: int) -> None:
     steps = ["--num_steps", config.supervised_steps] if config.supervised_steps > 0 else []
     if name == "single":  # as much training, documents and questions; one search with the question itself
         shape = ["configs/rag_tiny.py", "--source", "rag", "--top_k", 6, "--curriculum", "", "--max_seq_len", 1536]
-        run(base, "scripts.rag_finetune", *shape, *data, *(steps or ["--num_steps", 800]), "--eval_every", 0)
+        run_script(base, "scripts.rag_finetune", *shape, *data, *(steps or ["--num_steps", 800]), "--eval_every", 0)
     elif not by_reward:
-        run(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *steps, "--use_rewards", "false")
+        run_script(base, "scripts.refrag_finetune", "configs/refrag_tiny.py", *data, *steps, "--use_rewards", "false")
     else:
         steps = ["--rl_steps", config.rl_steps] if config.rl_steps > 0 else []
         other = {"no_mask": ["--mask_retrieved", "false"], "ppo": ["--algorithm", "ppo"]}.get(name, [])
         curve = ["--eval_every", 20, "--eval_questions", 400, "--save_every", 20]
         shape = ["configs/refrag_tiny.py", "--source", "refrag"]
-        run(base, "scripts.refrag_finetune", *shape, *data, *steps, *other, *curve, may_collapse=name == "no_mask")
+        run_script(
+            base,
+            "scripts.refrag_finetune",
+            *shape,
+            *data,
+            *steps,
+            *other,
+            *curve,
+            may_fail_with="the policy has collapsed" * (name == "no_mask"),
+        )
     (base / "trained").touch()
 
 
@@ -241,28 +248,12 @@ def evaluate(config: Config, base: Path, system: str) -> dict[str, float]:
         file = base / f"test{hops}.jsonl"
         file.write_text("".join(json.dumps(q) + "\n" for q in random.Random(0).sample(queries, config.questions)))
         arguments = ["--knowledge_base", examples / "knowledge_base", "--queries", file, "--systems", system]
-        run(base, "scripts.rag_eval", *arguments, "--top_k", 6, "--output", base / f"eval{hops}")
+        run_script(base, "scripts.rag_eval", *arguments, "--top_k", 6, "--output", base / f"eval{hops}")
         found = json.loads((base / f"eval{hops}/results.json").read_text())["figures"]
         shown[f"em{hops}"] = found[f"{system}_em"]
         shown[f"evidence{hops}"] = found.get(f"{system}_evidence", found.get("recall_at_6"))
         shown[f"searches{hops}"] = found.get(f"{system}_searches", 1.0)
     return shown | {key: (shown[f"{key}2"] + shown[f"{key}3"]) / 2 for key in ("em", "evidence", "searches")}
-
-
-def run(base: Path, module: str, *arguments: Any, may_collapse: bool = False) -> None:
-    """may_collapse: a run that stops because its policy has collapsed is a result; its last checkpoint is measured."""
-    began = time.perf_counter()
-    with open(base / "log.txt", "a", encoding="utf-8") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    collapsed = may_collapse and "the policy has collapsed" in (base / "log.txt").read_text(encoding="utf-8")
-    if done.returncode and not collapsed:
-        raise UserError(f"{module} failed; its output is in {base / 'log.txt'}")
-    print(f"{module} {base}: {time.perf_counter() - began:.0f} s{', collapsed' * collapsed}", flush=True)
 
 
 def main() -> None:

@@ -254,7 +254,7 @@ def _rows(requests: Sequence[Request]) -> list[Row]:
 
 class Engine:
     """prefill_chunk: tokens read at a time, of one row or of several together, which bounds memory; by default as many
-    keep a processor (4,096) or a GPU (16,384) busy. prefix_bytes: memory for states of what was read
+    as keep a processor (4,096) or a GPU (16,384) busy. prefix_bytes: memory for states of what was read
     before, so that a follow-up question reads only what is new; 0 keeps none."""
 
     def __init__(self, model: HybridLM, tokenizer: Tokenizer, prefill_chunk: int | None = None, prefix_bytes: int = 0):

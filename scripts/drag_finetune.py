@@ -196,6 +196,8 @@ def learn_paths(config: Config, graph: Graph, asked: Asked, train_on: list[int],
 def learn_together(
     config: Config, graph: Graph, asked: Asked, train_on: list[int], held: list[int], compute: Compute
 ) -> None:
+    if config.balance == "gradient_norm" and not config.retriever_weight:
+        raise UserError("--balance gradient_norm measures by the retriever's own loss: give it a --retriever_weight")
     retriever = FactRetriever.load(folder(config))
     if config.generator:
         generator = load_hf(config, compute)
@@ -231,39 +233,26 @@ def learn_together(
         return figures
 
     rows = rows_per_step(config, compute.world_size)
-    data = QuestionBatches(asked, train_on, rows, config.max_seq_len, config.seed)
-    steps = config.num_steps if config.num_steps > 0 else max(1, round(config.num_epochs * len(data) / rows))
+    steps = config.num_steps if config.num_steps > 0 else max(1, round(config.num_epochs * len(train_on) / rows))
     first = steps if config.sampler == "none" else round(config.generator_frac * steps)
-    phases = [
-        Phase("generator", data, first, loss=read_facts, figures=lambda: dict(seen)),
-        Phase("joint", data, steps - first, loss=both, figures=lambda: dict(seen)),
-    ]
+    phases = []
+    for number, (name, count, loss) in enumerate((("generator", first, read_facts), ("joint", steps - first, both))):
+        # each begins at its own first step: in another order, or the second would have the questions of the first
+        data = QuestionBatches(asked, train_on, rows, config.max_seq_len, config.seed + number)
+        if count:
+            phases.append(Phase(name, data, count, loss=loss, figures=lambda: dict(seen)))
     meta = {"drag": dataclasses.asdict(drag.config), "fact_retriever": dataclasses.asdict(retriever.config)}
     meta |= {"vocabulary": retriever.vocabulary, "hub_degree": config.hub_degree, "max_hops": config.max_hops}
     meta["max_facts"] = config.max_facts
     run_dir = checkpoint_root("drag", config.model_tag or tag)
-    phases = [phase for phase in phases if phase.steps]
+    check = evaluate if held else None
     if config.generator:
         meta |= {"generator": config.generator}
-        train_hf(
-            drag, phases, config, compute, run_dir, evaluate if held else None, meta, config.lm_lr, config.beside_lr
-        )
+        train_hf(drag, phases, config, compute, run_dir, check, meta, config.lm_lr, config.beside_lr)
         return
     best_by = "hits1" if held else ""
-    evaluate = evaluate if held else None
-    train(
-        model,
-        tokenizer,
-        phases,
-        config,
-        compute,
-        run_dir,
-        evaluate,
-        meta,
-        best_by,
-        drag.beside,
-        config.beside_lr,
-    )
+    beside = {"beside": drag.beside, "beside_lr": config.beside_lr}
+    train(model, tokenizer, phases, config, compute, run_dir, check, meta, best_by, **beside)
 
 
 def load_hf(config: Config, compute: Compute) -> HFGenerator:

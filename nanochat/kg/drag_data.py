@@ -36,7 +36,9 @@ class Asked:
         return make_batch(self.graph, self.subgraphs, questions)
 
 
-def ask(graph: Graph, linker: Linker, questions: Iterable[Question], max_hops: int, hub_degree: int, max_facts: int):
+def ask(
+    graph: Graph, linker: Linker, questions: Iterable[Question], max_hops: int, hub_degree: int, max_facts: int
+) -> tuple[Asked, int]:
     """Asked, and how many questions were left out because they name no entity."""
     grounded = [ground(question, linker) for question in questions]
     kept = [one for one in grounded if one.topics]

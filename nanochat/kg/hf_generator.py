@@ -15,7 +15,6 @@ Shapes: B batch, L length, D model width, F facts, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import logging
 import warnings
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from nanochat.common import UserError
 from nanochat.kg.hf_gates import ARGUMENT, MIXERS, check_mixers, lay_out, make_gates, positions, prepare
-from nanochat.model.fp8 import SMALLEST
+from nanochat.model.fp8 import SMALLEST, fp8_config
 from nanochat.model.lm import IGNORE
 
 
@@ -241,14 +240,9 @@ def load(
 
 def use_fp8(lm: nn.Module, device: torch.device, emulate: bool = False) -> int:
     """Exchange the large linear layers inside of blocks for torchao's, in place; returns how many."""
-    if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise UserError(
-            f"--fp8 needs an Ada or Hopper GPU or newer, this is {device}; --fp8_emulate shows its roundings"
-        )
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise UserError("--fp8 needs torchao: pip install torchao") from None
+    config = fp8_config(device, emulate)
+    from torchao.float8 import convert_to_float8_training
+
     bypassed = set(_bypassed(lm))
     chosen = []
 
@@ -259,7 +253,6 @@ def use_fp8(lm: nn.Module, device: torch.device, emulate: bool = False) -> int:
         chosen.extend([name] if fits else [])
         return fits
 
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("tensorwise"), emulate=emulate)
     convert_to_float8_training(lm, config=config, module_filter_fn=large)
     return len(chosen)
 

@@ -78,7 +78,7 @@ def train_hf(
         shares = micro_batches(batches.rows_per_step, config.device_batch_size, compute)
         loss_sum = torch.zeros(1, device=compute.device)
         for rows in shares:
-            loss = phase.loss(lm, batches.get(step, rows).to(compute.device)) / batches.rows_per_step
+            loss = phase.loss(lm, batches.get(step - done, rows).to(compute.device)) / batches.rows_per_step
             if loss.requires_grad:
                 loss.backward()
             loss_sum += loss.detach()

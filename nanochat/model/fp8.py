@@ -11,6 +11,7 @@ gets rows of zeros for the product. Evaluation runs in the model's own type, and
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +29,23 @@ def takes_fp8(name: str, module: nn.Module) -> bool:
     return module.in_features % 16 == 0 and min(module.in_features, module.out_features) >= SMALLEST
 
 
-def use_fp8(model: nn.Module, device: torch.device, emulate: bool = False) -> int:
-    """Exchange the model's large linear layers, in place; returns how many. emulate: the same roundings anywhere."""
+def fp8_config(device: torch.device, emulate: bool) -> Any:
+    """torchao's settings: one scale for each tensor. UserError where the hardware or torchao is not there."""
     if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise UserError(
             f"--fp8 needs an Ada or Hopper GPU or newer, this is {device}; --fp8_emulate shows its roundings"
         )
     try:
         from torchao.float8 import Float8LinearConfig
-        from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
     except ImportError:
         raise UserError("--fp8 needs torchao: pip install torchao") from None
+    return dataclasses.replace(Float8LinearConfig.from_recipe_name("tensorwise"), emulate=emulate)
+
+
+def use_fp8(model: nn.Module, device: torch.device, emulate: bool = False) -> int:
+    """Exchange the model's large linear layers, in place; returns how many. emulate: the same roundings anywhere."""
+    config = fp8_config(device, emulate)
+    from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
 
     class FP8Linear(Float8Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +58,6 @@ def use_fp8(model: nn.Module, device: torch.device, emulate: bool = False) -> in
             y = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
             return y[..., : self.out_features] if missing else y
 
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("tensorwise"), emulate=emulate)
     chosen = [name for name, module in model.named_modules() if takes_fp8(name, module)]
     for name in chosen:
         parent, _, child = name.rpartition(".")

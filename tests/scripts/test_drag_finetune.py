@@ -16,11 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from nanochat.checkpoint_manager import BESIDE, checkpoint_root, save_checkpoint
+from nanochat.config import load_config
 from nanochat.kg.drag import load_drag
 from nanochat.kg.drag_data import ask, read_all
 from nanochat.kg.gnn import FactRetriever
 from nanochat.kg.graph import Graph
 from nanochat.kg.linking import Linker
+from nanochat.training import rows_per_step
+from scripts.drag_finetune import Config
 from tasks.example_world import generate_world
 
 REPOSITORY = Path(__file__).parents[2]
@@ -191,9 +194,17 @@ def test_a_model_of_transformers_learns_by_lora_and_resumes(home, small_tokenize
     assert len(drag.answer(batch, ["who?", "what?"])) == 2
 
 
+@pytest.mark.parametrize("name", ["drag_tiny", "drag_metaqa", "drag_hybrid_d20"])
+def test_recipes_are_settings_of_this_script(name):
+    config = load_config(Config, [str(REPOSITORY / f"configs/{name}.py"), "--phase", "2"])
+    assert config.k_facts <= config.pool and rows_per_step(config, 8) >= 8
+
+
 def test_what_is_missing_is_one_line(home, tmp_path):
     error = run(home, "--phase", 2, "--fact_retriever", tmp_path, status=2)
     assert "has no retriever" in error
+    error = run(home, "--phase", 2, "--balance", "gradient_norm", "--retriever_weight", 0, status=2)
+    assert "give it a --retriever_weight" in error
     error = run(home, "--phase", 2, "--generator", "here", status=2)
     assert "write hf:PATH" in error
     error = run(home, "--phase", 2, "--source", "base", status=2)
