@@ -1,10 +1,10 @@
 """D-RAG on MetaQA: a cascade of retriever and generator against both trained together.
 
-    python -m bench.drag --home data/metaqa --source data/demo/checkpoints/rag/demo --seeds 0,1,2 --json
+    NANOCHAT_DATA=folder python -m bench.drag --home data/metaqa --seeds 0,1,2 --json
 
 gradient: the gates' straight-through gradient against the exact one, over all subsets of 10 facts, and whether 4 useful
-facts of 50 are found by the loss of what reads them alone. metaqa: for each seed, in its own base directory under
-home/<seed>, which may be deleted,
+facts of 50 are found by the loss of what reads them alone. metaqa: a generator is pretrained on the demo's exercises in
+lookup and the graph's facts, in their alphabet (home/base); then for each seed, in its own base directory home/<seed>,
 
     phase 1   the retriever learns from shortest paths
     cascade   the generator learns to read its best facts; the retriever stays
@@ -35,6 +35,7 @@ from nanochat.kg.sampler import binary_gates, top_k_gates
 PARTS = ("gradient", "metaqa")
 SYSTEMS = {"cascade": ["--sampler", "none"], "joint": []}
 HOPS = (1, 2, 3)
+SOURCE = "checkpoints/base/start"
 FIGURES = ("hits1", "hit", "f1", "em", "facts_kept", "recall")
 
 
@@ -48,8 +49,6 @@ class Config:
     """Folder with metaqa/; by default $NANOCHAT_DATA."""
     home: Path = Path("data/metaqa")
     """Where graph, retrievers and models are kept."""
-    source: Path = Path("data/demo/checkpoints/rag/demo")
-    """Checkpoint folder of the generator to start from."""
     questions: int = 1000
     """Test questions of each number of facts."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -140,10 +139,7 @@ def metaqa(config: Config) -> dict[str, float]:
     data = (config.data or Path(os.environ.get("NANOCHAT_DATA", ""))) / "metaqa"
     if not (data / "kb.txt.gz").exists():
         raise UserError(f"{data}/kb.txt.gz is not there: set NANOCHAT_DATA to the folder that metaqa is in")
-    graph = config.home / "kg"
-    if not graph.exists():
-        config.home.mkdir(parents=True, exist_ok=True)
-        run_script(config.home, "scripts.kg_prepare", "build", "--triples", data / "kb.txt.gz", "--graph", graph)
+    graph = pretrain(config.home, data / "kb.txt.gz")
     asked = test_questions(config, graph, data)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed in config.seeds:
@@ -161,6 +157,21 @@ def metaqa(config: Config) -> dict[str, float]:
         figures |= {f"hits1_{name}_{hops}hop_{s}": of["hits1"] for s, of in zip(config.seeds, each, strict=True)}
     print("\n" + table(["system", "facts", "Hits@1", "Hit", "F1", "EM", "facts kept", "answer among them"], rows))
     return figures
+
+
+def pretrain(home: Path, triples: Path) -> Path:
+    """The graph's folder, and home/base with a generator that has read its facts."""
+    graph, base, facts = home / "kg", home / "base", home / "base/facts.jsonl"
+    base.mkdir(parents=True, exist_ok=True)
+    if not graph.exists():
+        run_script(base, "scripts.kg_prepare", "build", "--triples", triples, "--graph", graph)
+    if not facts.exists():
+        run_script(base, "scripts.kg_prepare", "text", "--graph", graph, "--output", facts)
+    if not (base / "tokenizer").exists():
+        run_script(base, "scripts.tok_train", "--input", facts, "--vocab_size", 1024)
+    if not (base / SOURCE).exists():
+        run_script(base, "scripts.base_train", "configs/demo_base.py", "--model_tag", "start", "--input", facts)
+    return graph
 
 
 def test_questions(config: Config, graph_folder: Path, data: Path) -> dict[int, Any]:
@@ -189,7 +200,7 @@ def train_system(config: Config, graph: Path, data: Path, name: str, seed: int) 
         run_script(base, "scripts.drag_finetune", *common, "--phase", 1, "--num_epochs", 2)
     if (base / f"trained_{name}").exists():
         return
-    shutil.copytree(config.source, base / "checkpoints/rag/start", dirs_exist_ok=True)
+    shutil.copytree(config.home / "base" / SOURCE, base / SOURCE, dirs_exist_ok=True)
     tag = ["--source_tag", "start", "--model_tag", name, "--eval_every", 0]
     run_script(base, "scripts.drag_finetune", *common, "--phase", 2, *tag, *SYSTEMS[name], *config.settings.split())
     (base / f"trained_{name}").touch()

@@ -7,9 +7,9 @@ python -m scripts.drag_finetune configs/drag_metaqa.py --phase 2
 
 graph = "data/kg"
 questions = ["metaqa/1hop_qa_dev.txt", "metaqa/2hop_qa_dev.txt", "metaqa/3hop_qa_dev.txt"]
-source = "rag"
-pool = 24
-k_facts = 12
+source = "base"
+pool = 12
+k_facts = 10
 max_seq_len = 512
 total_batch_size = 16_384
 device_batch_size = 16

@@ -108,6 +108,8 @@ class Config(TrainConfig):
     """A fact's vector stands before its text."""
     text: bool = True
     """A fact's text is shown."""
+    closed: bool = True
+    """An answer can only be names of the facts that are shown."""
     max_answers: int = 8
     """Answers that are learned of a question with many."""
     generator_frac: float = 0.5

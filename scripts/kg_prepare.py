@@ -5,6 +5,7 @@
     python -m scripts.kg_prepare coverage --graph data/kg --questions data/rag_examples/queries/multihop_train.jsonl
     python -m scripts.kg_prepare mine --graph data/kg --questions questions.jsonl --output data/paths.jsonl
     python -m scripts.kg_prepare subgraph --graph data/kg --questions questions.jsonl
+    python -m scripts.kg_prepare text --graph data/kg --output data/facts.jsonl
 
 download: WebQSP, CWQ (with their facts) or WebQuestions from the hub, or from files of it: --source FOLDER.
 build: triples as subject|relation|object, with tabs, or N-Triples (Freebase's dump too).
@@ -12,6 +13,7 @@ coverage: which entities of the questions and answers are not in the graph.
 mine: the shortest paths from a question's entities to its answers.
 subgraph: the facts around a question's entities, among which a retriever chooses: how many there are, and how many of
 the answers.
+text: the facts of each entity as D-RAG's generator reads them, for its tokenizer and its pretraining.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Config:
     triples: list[Path] = field(default_factory=list)
     """build: files of facts, separated by commas."""
     questions: Path | None = None
-    """All others: a file of questions with answers."""
+    """coverage, mine, subgraph: a file of questions with answers."""
     aliases: Path | None = None
     """Other names of entities: alias<tab>name a line."""
     num_questions: int = -1
@@ -69,7 +71,7 @@ class Config:
     max_facts: int = 4096
     """subgraph: facts of one question, at most."""
     output: Path | None = None
-    """mine, subgraph: a JSONL file of what was found for each question. download: a folder."""
+    """mine, subgraph: a JSONL file of what was found for each question. text: a JSONL file. download: a folder."""
     processes: int = 0
     """0: one for each core."""
 
@@ -135,7 +137,28 @@ def subgraph(config: Config) -> None:
     write(config, graph, records)
 
 
-_COMMANDS = {"download": fetch, "build": build, "coverage": show_coverage, "mine": mine, "subgraph": subgraph}
+def write_texts(config: Config) -> None:
+    """By chance: neighbours in a graph's order are alike, and training takes texts in their order."""
+    if config.output is None:
+        raise UserError("give --output FILE.jsonl")
+    graph = Graph.load(config.graph)
+    facts = np.argsort(graph.heads, kind="stable")
+    each = np.split(facts, np.flatnonzero(np.diff(graph.heads[facts])) + 1) if len(facts) else []
+    order = np.random.default_rng(0).permutation(len(each))
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    texts = ("\n".join("|".join(graph.spoken(fact)) for fact in each[at].tolist()) for at in order)
+    write_jsonl(config.output, ({"text": text} for text in texts))
+    print0(f"wrote {config.output}: {graph.num_facts:,} facts of {len(each):,} entities")
+
+
+_COMMANDS = {
+    "download": fetch,
+    "build": build,
+    "coverage": show_coverage,
+    "mine": mine,
+    "subgraph": subgraph,
+    "text": write_texts,
+}
 
 
 # --- over all questions

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nanochat.checkpoint_manager import load_beside, load_checkpoint, newest, read_meta
 from nanochat.common import UserError
+from nanochat.kg.closed_answers import ClosedAnswer
 from nanochat.kg.generator import LMGenerator, pad
 from nanochat.kg.gnn import FactRetriever, RetrieverConfig, Scored
 from nanochat.kg.graph import Graph
@@ -55,6 +56,8 @@ class DRAGConfig:
     """A fact's projected vector stands before its text."""
     text: bool = True
     """A fact's text is shown."""
+    closed: bool = True
+    """An answer can only be names of the facts that are shown."""
     max_answers: int = 8
     """Answers that are learned of a question with many."""
     max_tokens: int = 96
@@ -120,7 +123,9 @@ class DRAG:
     ):
         self.retriever, self.projector, self.generator = retriever, projector, generator
         self.graph, self.config = graph, config
-        self._texts: dict[int, list[int]] = {}
+        self._names: dict[int, list[int]] = {}
+        self._facts: dict[int, list[int]] = {}
+        self._separator = generator.encode(SEPARATOR)
 
     @property
     def beside(self) -> nn.Module:
@@ -155,13 +160,13 @@ class DRAG:
         kept = (pool.logits.sigmoid() * pool.mask).sum(1)
         return self.generator.losses(embeds, fact, gates, goal, valid), kept
 
-    def known(self, batch: Batch, places: Sequence[int]) -> list[str]:
-        """The answers that these facts have at an end, in their order."""
-        found: dict[str, None] = {}
+    def known(self, batch: Batch, places: Sequence[int]) -> list[int]:
+        """The answers that these facts have at an end, entities of the graph, in their order."""
+        found: dict[int, None] = {}
         for place in places:
             for end in (batch.tails[place], batch.heads[place]):
                 if batch.is_answer[end]:
-                    found[self.graph.name(int(batch.nodes[end]))] = None
+                    found[int(batch.nodes[end])] = None
         return list(found)[: self.config.max_answers]
 
     def chosen(self, scored: Scored, batch: Batch) -> Pool:
@@ -177,25 +182,39 @@ class DRAG:
         scored = self.score(batch)
         pool = self.chosen(scored, batch)
         embeds, fact, valid, _ = self.prompts(batch, scored, pool, questions, None)
+        facts = [batch.facts[pool.places[at][pool.mask[at]].numpy(force=True)].tolist() for at in range(len(batch))]
+        closed = [self.closed(shown) for shown in facts] if self.config.closed else None
         found = []
-        for at, ids in enumerate(self.generator.generate(embeds, fact, valid, self.config.max_tokens)):
+        for at, ids in enumerate(self.generator.generate(embeds, fact, valid, self.config.max_tokens, closed)):
             names = [name.strip() for name in self.generator.decode(ids).split(SEPARATOR)]
-            facts = [int(batch.facts[place]) for place in pool.places[at][pool.mask[at]].tolist()]
             probabilities = pool.logits[at][pool.mask[at]].sigmoid().tolist()
             names = list(dict.fromkeys(name for name in names if name))
-            found.append(Answer(names, facts, probabilities, int(valid[at])))
+            found.append(Answer(names, facts[at], probabilities, int(valid[at])))
         return found
+
+    def closed(self, facts: Sequence[int]) -> ClosedAnswer:
+        """What an answer from these facts may be."""
+        ends = dict.fromkeys(int(end) for fact in facts for end in (self.graph.heads[fact], self.graph.tails[fact]))
+        return ClosedAnswer(map(self.name_ids, ends), self._separator, self.generator.end)
 
     # --- prompts
 
+    def name_ids(self, entity: int) -> list[int]:
+        """Of a name, the same wherever it stands, so that an answer is a copy of what is read."""
+        if entity not in self._names:
+            self._names[entity] = self.generator.encode(" " + self.graph.name(entity))
+        return self._names[entity]
+
     def fact_ids(self, fact: int) -> list[int]:
         """Of a fact of the graph: its text, as it stands behind its vector."""
-        if fact not in self._texts:
-            graph = self.graph
-            relation = graph.relation_names[graph.relations[fact]].replace("_", " ")
-            text = f"{graph.name(int(graph.heads[fact]))} {SEPARATOR} {relation} {SEPARATOR} "
-            self._texts[fact] = self.generator.encode(text + graph.name(int(graph.tails[fact])))
-        return self._texts[fact]
+        if fact not in self._facts:
+            head, relation, tail = map(self.generator.encode, self.graph.spoken(fact))
+            self._facts[fact] = [*head, *self._separator, *relation, *self._separator, *tail]
+        return self._facts[fact]
+
+    def answer_ids(self, entities: Sequence[int]) -> list[int]:
+        ids = [token for entity in entities for token in (*self._separator, *self.name_ids(entity))]
+        return [*ids[len(self._separator) :], self.generator.end]
 
     def prompts(
         self,
@@ -203,7 +222,7 @@ class DRAG:
         scored: Scored,
         pool: Pool,
         questions: Sequence[str],
-        answers: Sequence[Sequence[str]] | None,
+        answers: Sequence[Sequence[int]] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """embeds (B, L, D), fact (B, L), valid (B,) and targets (B, L), padded on the right. The best fact stands last,
         next to the question."""
@@ -231,7 +250,7 @@ class DRAG:
             number += [BEHIND] * len(behind)
             goal = [IGNORE] * len(tokens)
             if answers is not None and answers[row]:
-                written = [*generator.encode(SEPARATOR.join(answers[row])), generator.end]
+                written = self.answer_ids(answers[row])
                 goal = [*goal[:-1], *written]
                 tokens += written[:-1]
                 number += [BEHIND] * (len(written) - 1)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.kg.closed_answers import ClosedAnswer, likeliest
 from nanochat.model.gates import GatedFacts
 from nanochat.model.lm import IGNORE, HybridLM
 from nanochat.tokenizer import Tokenizer
@@ -60,15 +61,22 @@ class LMGenerator:
         return each.new_zeros(len(targets)).index_add_(0, rows, each) / count.clamp(min=1)
 
     @torch.no_grad()
-    def generate(self, embeds: Tensor, fact: Tensor, valid: Tensor, max_tokens: int) -> list[list[int]]:
+    def generate(
+        self,
+        embeds: Tensor,
+        fact: Tensor,
+        valid: Tensor,
+        max_tokens: int,
+        closed: Sequence[ClosedAnswer] | None = None,
+    ) -> list[list[int]]:
         """The likeliest next tokens after each row until one ends the answer (it is left out). Facts that were not
-        chosen are not in the rows."""
+        chosen are not in the rows. closed: what each row's answer may be."""
         cache = self.model.new_cache(len(embeds))
         logits = self.model(embeds=embeds, facts=GatedFacts(fact), cache=cache, valid=valid, last_only=True)
         made: list[list[int]] = [[] for _ in range(len(embeds))]
         going = list(range(len(embeds)))  # the cache's rows
         for step in range(max_tokens):
-            ids = logits.argmax(-1).tolist()
+            ids = likeliest(logits, closed and [closed[row] for row in going])
             left = [at for at, token in enumerate(ids) if token != self.end]
             for at in left:
                 made[going[at]].append(ids[at])

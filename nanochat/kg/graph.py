@@ -126,6 +126,12 @@ class Graph:
         head, relation, tail = self.heads[fact], self.relations[fact], self.tails[fact]
         return f"{self.name(head)}|{self.relation_names[relation]}|{self.name(tail)}"
 
+    def spoken(self, fact: int) -> tuple[str, str, str]:
+        """As a language model reads it: each part after a space, so that a name is the same tokens wherever it is."""
+        head, relation, tail = self.heads[fact], self.relations[fact], self.tails[fact]
+        words = self.relation_names[relation].replace("_", " ")
+        return f" {self.name(head)}", f" {words}", f" {self.name(tail)}"
+
     def edges_of(self, entities: np.ndarray) -> np.ndarray:
         """Places in neighbours and edges of all edges of these entities, in their order."""
         begin, count = self.starts[entities], self.degrees[entities]

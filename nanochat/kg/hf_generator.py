@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.common import UserError
+from nanochat.kg.closed_answers import ClosedAnswer, likeliest
 from nanochat.kg.hf_gates import ARGUMENT, MIXERS, check_mixers, lay_out, make_gates, positions, prepare
 from nanochat.model.fp8 import SMALLEST, fp8_config
 from nanochat.model.lm import IGNORE
@@ -92,7 +93,7 @@ class HFGenerator:
     def frame(self, question: str) -> tuple[list[int], list[int]]:
         """What stands before the facts, and what stands between them and the answer."""
         before = [self.bos] if self.bos is not None else []
-        return before + self.encode("Facts:\n"), self.encode(f"Question: {question}\nAnswer: ")
+        return before + self.encode("Facts:\n"), self.encode(f"Question: {question}\nAnswer:")
 
     def embed(self, ids: Tensor) -> Tensor:
         """(...) -> (..., D), in the model's type."""
@@ -128,8 +129,16 @@ class HFGenerator:
         return each.view_as(targets).sum(1) / learned.clamp(min=1)
 
     @torch.no_grad()
-    def generate(self, embeds: Tensor, fact: Tensor, valid: Tensor, max_tokens: int) -> list[list[int]]:
-        """The likeliest next tokens after each row, until one ends the answer (it is left out).
+    def generate(
+        self,
+        embeds: Tensor,
+        fact: Tensor,
+        valid: Tensor,
+        max_tokens: int,
+        closed: Sequence[ClosedAnswer] | None = None,
+    ) -> list[list[int]]:
+        """The likeliest next tokens after each row, until one ends the answer (it is left out). closed: what each row's
+        answer may be.
 
         embeds (B, L, D), padded on the right, valid (B,). Facts that were not chosen are not in the rows; those that
         are, whole: what belongs to which (fact) no longer matters."""
@@ -148,15 +157,15 @@ class HFGenerator:
                 logits = self._lm(
                     inputs_embeds=x, attention_mask=mask, position_ids=place, logits_to_keep=1, **cache
                 ).logits
-                ids = logits[:, -1].argmax(-1)
-                for row, i in enumerate(ids.tolist()):
+                ids = likeliest(logits[:, -1], closed)
+                for row, i in enumerate(ids):
                     if i in self._stops:
                         going.discard(row)
                     elif row in going:
                         made[row].append(i)
                 if not going or step + 1 == max_tokens:
                     break
-                x, place = self.embed(ids[:, None]), place[:, -1:] + 1
+                x, place = self.embed(torch.tensor(ids, device=x.device)[:, None]), place[:, -1:] + 1
                 mask = F.pad(mask, (0, 1), value=1)
         return made
 

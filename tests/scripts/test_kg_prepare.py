@@ -120,3 +120,15 @@ def test_what_is_wrong_is_said(home, argv, message):
     done = run(*(part.format(home=home) for part in argv))
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert re.search(message, done.stderr), done.stderr
+
+
+def test_texts_are_all_facts_an_entity_a_text(home):
+    graph = Graph.load(home / "kg")
+    assert "facts of" in printed("text", "--graph", home / "kg", "--output", home / "facts.jsonl")
+    texts = [json.loads(line)["text"].split("\n") for line in (home / "facts.jsonl").read_text().splitlines()]
+    facts = [graph.text(fact).split("|") for fact in range(graph.num_facts)]
+    wanted = [f" {head}| {relation.replace('_', ' ')}| {tail}" for head, relation, tail in facts]
+    assert sorted(line for text in texts for line in text) == sorted(wanted)
+    heads = [{line.split("|")[0] for line in text} for text in texts]
+    assert all(len(head) == 1 for head in heads) and len(set.union(*heads)) == len(texts)
+    assert run("text", "--graph", home / "kg").stderr.count("\n") == 1  # no --output
