@@ -2,15 +2,18 @@
 
     NANOCHAT_DATA=folder python -m bench.drag --home data/metaqa --seeds 0,1,2 --json
 
-gradient: the gates' straight-through gradient against the exact one, over all subsets of 10 facts, and whether 4 useful
-facts of 50 are found by the loss of what reads them alone. metaqa: a generator is pretrained on the demo's exercises in
-lookup and the graph's facts, in their alphabet (home/base); then for each seed, in its own base directory home/<seed>,
+graph: as bench.kg measures it, without its ten million facts. gradient: the gates' straight-through gradient against
+the exact one, over all subsets of 10 facts, and whether 4 useful facts of 50 are found by the loss of what reads them
+alone. metaqa: a generator is pretrained on the demo's exercises in lookup and on the graph's facts, in their alphabet
+(home/base); then for each seed, in its own base directory home/<seed>,
 
     phase 1   the retriever learns from shortest paths
     cascade   the generator learns to read its best facts; the retriever stays
     joint     the same steps and questions; retriever, projector and generator learn together in the second half
 
-from the dev questions of one, two and three facts together, and answers of the test questions of each.
+from the dev questions of one, two and three facts together, and answers of the test questions of each. cascade_few and
+joint_few: phase 1 has the paths of 600 questions alone, and in phase 2 the retriever learns from the answers alone, as
+where nobody knows which facts a question needs.
 """
 
 from __future__ import annotations
@@ -27,16 +30,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import kg
 from bench.common import print_figures, run_script, start, table
 from nanochat.common import UserError, run_main
 from nanochat.config import load_config
 from nanochat.kg.sampler import binary_gates, top_k_gates
 
-PARTS = ("gradient", "metaqa")
-SYSTEMS = {"cascade": ["--sampler", "none"], "joint": []}
+PARTS = ("graph", "gradient", "metaqa")
+CASCADE = ["--sampler", "none"]
+FEW = ["--num_steps", 300, "--pool", 12, "--k_facts", 10, "--fact_price", 0, "--retriever_weight", 0]
+# settings of phase 1, and of phase 2
+SYSTEMS = {
+    "cascade": (["--num_epochs", 2], CASCADE),
+    "joint": (["--num_epochs", 2], []),
+    "cascade_few": (["--num_questions", 600, "--num_epochs", 8], FEW + CASCADE),
+    "joint_few": (["--num_questions", 600, "--num_epochs", 8], FEW),
+}
 HOPS = (1, 2, 3)
 SOURCE = "checkpoints/base/start"
-FIGURES = ("hits1", "hit", "f1", "em", "facts_kept", "recall")
+FIGURES = {name: name for name in ("hits1", "hit", "f1", "em", "facts_kept")} | {"recall": "retriever_recall"}
 
 
 @dataclass(kw_only=True)
@@ -44,7 +56,7 @@ class Config:
     """Measure D-RAG."""
 
     part: list[str] = field(default_factory=lambda: list(PARTS))
-    """gradient, metaqa; separated by commas."""
+    """graph, gradient, metaqa; separated by commas."""
     data: Path | None = None
     """Folder with metaqa/; by default $NANOCHAT_DATA."""
     home: Path = Path("data/metaqa")
@@ -54,9 +66,7 @@ class Config:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of training."""
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
-    """cascade, joint; separated by commas."""
-    settings: str = ""
-    """More settings for phase 2 of both, as they would be written for scripts.drag_finetune."""
+    """cascade, joint, cascade_few, joint_few; separated by commas."""
     threads: int = 2
     """CPU threads."""
     json: bool = False
@@ -153,7 +163,7 @@ def metaqa(config: Config) -> dict[str, float]:
     for (name, hops), each in found.items():
         means = {key: statistics.mean(of[key] for of in each) for key in FIGURES}
         rows.append((name, hops, *means.values()))
-        figures |= {f"{key}_{name}_{hops}hop": value for key, value in means.items()}
+        figures |= {f"{FIGURES[key]}_{name}_{hops}hop": value for key, value in means.items()}
         figures |= {f"hits1_{name}_{hops}hop_{s}": of["hits1"] for s, of in zip(config.seeds, each, strict=True)}
     print("\n" + table(["system", "facts", "Hits@1", "Hit", "F1", "EM", "facts kept", "answer among them"], rows))
     return figures
@@ -192,25 +202,29 @@ def test_questions(config: Config, graph_folder: Path, data: Path) -> dict[int, 
 
 
 def train_system(config: Config, graph: Path, data: Path, name: str, seed: int) -> None:
-    base = config.home / str(seed)
+    base, (first, second) = folder(config, name, seed), SYSTEMS[name]
     common = ["configs/drag_metaqa.py", "--graph", graph, "--seed", seed, "--questions"]
     common.append(",".join(str(data / f"{hops}hop_qa_dev.txt.gz") for hops in HOPS))
     if not (base / "fact_retriever/retriever.json").exists():
         base.mkdir(parents=True, exist_ok=True)
-        run_script(base, "scripts.drag_finetune", *common, "--phase", 1, "--num_epochs", 2)
+        run_script(base, "scripts.drag_finetune", *common, "--phase", 1, *first)
     if (base / f"trained_{name}").exists():
         return
     shutil.copytree(config.home / "base" / SOURCE, base / SOURCE, dirs_exist_ok=True)
     tag = ["--source_tag", "start", "--model_tag", name, "--eval_every", 0]
-    run_script(base, "scripts.drag_finetune", *common, "--phase", 2, *tag, *SYSTEMS[name], *config.settings.split())
+    run_script(base, "scripts.drag_finetune", *common, "--phase", 2, *tag, *second)
     (base / f"trained_{name}").touch()
+
+
+def folder(config: Config, name: str, seed: int) -> Path:
+    return config.home / (f"{seed}_few" if "_few" in name else str(seed))
 
 
 def evaluate(config: Config, asked: dict[int, Any], name: str, seed: int) -> dict[int, dict[str, float]]:
     from nanochat.kg.drag import load_drag
     from nanochat.kg.drag_data import evaluate_drag
 
-    root = config.home / str(seed) / "checkpoints/drag" / name
+    root = folder(config, name, seed) / "checkpoints/drag" / name
     drag, _ = load_drag(root, asked[HOPS[0]].graph)
     return {hops: evaluate_drag(drag, of, range(len(of))) for hops, of in asked.items()}
 
@@ -222,6 +236,9 @@ def main() -> None:
             raise UserError(f"--{flag} {unknown[0]!r} is none of {', '.join(known)}")
     start(config.threads)
     figures: dict[str, float] = {}
+    if "graph" in config.part:
+        figures |= kg.scale(kg.Config(many_facts=0))
+        figures |= kg.metaqa(kg.Config(data=config.data and config.data / "metaqa"))
     if "gradient" in config.part:
         figures |= gradient(config)
     if "metaqa" in config.part:

@@ -35,6 +35,7 @@ import numpy as np
 from nanochat.common import UserError, print0, run_main
 from nanochat.config import load_config
 from nanochat.kg.coverage import Grounded, coverage, ground, most_missed
+from nanochat.kg.documents import fact_id
 from nanochat.kg.graph import Graph
 from nanochat.kg.hub import WITH_FACTS, download
 from nanochat.kg.linking import Linker
@@ -210,7 +211,7 @@ def over_questions(config: Config, work: Callable[[Sequence[Ends]], list[dict]])
             found = list(itertools.chain.from_iterable(pool.imap(work, batches)))
     seconds = time.perf_counter() - began
     records = [
-        {"id": one.question.id, "topics": one.topics, "answers": one.answers} | what
+        {"id": one.question.id, "query": one.question.text, "topics": one.topics, "answers": one.answers} | what
         for one, what in zip(grounded, found, strict=True)
     ]
     return graph, records, seconds
@@ -227,8 +228,13 @@ def _begin(config: Config, ready: Barrier | None = None) -> None:
 
 
 def _mine(batch: Sequence[Ends]) -> list[dict]:
-    found = [_OWN["miner"].mine(topics, answers) for topics, answers in batch]
-    return [{"hops": paths.hops.tolist(), "facts": paths.facts} for paths in found]
+    mine, records = _OWN["miner"].mine, []
+    for topics, answers in batch:
+        paths = mine(topics, answers)
+        records.append({"hops": paths.hops.tolist(), "facts": paths.facts})
+        if _OWN["config"].output:
+            records[-1]["first"] = mine(topics, answers[:1]).facts
+    return records
 
 
 def _subgraph(batch: Sequence[Ends]) -> list[dict]:
@@ -244,13 +250,16 @@ def _subgraph(batch: Sequence[Ends]) -> list[dict]:
 
 
 def write(config: Config, graph: Graph, records: list[dict]) -> None:
-    """Facts and entities by name: the file is for reading, training finds them anew."""
+    """Facts and entities by name. What `mine` writes are queries, too: their documents are the facts on paths to the
+    first answer, by their ids in a knowledge base of facts."""
     if config.output is None:
         return
     for record in records:
         for name in ("topics", "answers"):
             record[name] = [graph.name(entity) for entity in record[name]]
         record["facts"] = [graph.text(fact) for fact in record["facts"]]
+        if "first" in record:
+            record["doc_ids"] = [fact_id(graph.triple(fact)) for fact in record.pop("first")]
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(config.output, records)
     print0(f"wrote {config.output}")

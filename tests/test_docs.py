@@ -21,6 +21,16 @@ SMALLER = {
         *["--num_steps", "3", "--eval_every", "0", "--rl_steps", "2", "--group_size", "2", "--queries_per_step", "2"],
         *["--max_tokens", "8", "--min_valid", "0"],
     ],
+    "scripts.drag_finetune": [
+        "--num_questions",
+        "40",
+        "--num_val",
+        "4",
+        "--num_steps",
+        "2",
+        "--device_batch_size",
+        "4",
+    ],
     "scripts.rag_eval": ["--num_questions", "5"],
     "scripts.rag_chat": ["--max_tokens", "5"],
 }

@@ -60,7 +60,7 @@ class DRAGConfig:
     """An answer can only be names of the facts that are shown."""
     max_answers: int = 8
     """Answers that are learned of a question with many."""
-    max_tokens: int = 96
+    max_tokens: int = 192
     """Of an answer."""
 
 

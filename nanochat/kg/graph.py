@@ -122,15 +122,17 @@ class Graph:
             found[at] = [entity for entity in proposed if key(self.name(entity)) == keys[at]]
         return found
 
-    def text(self, fact: int) -> str:
+    def triple(self, fact: int) -> tuple[str, str, str]:
         head, relation, tail = self.heads[fact], self.relations[fact], self.tails[fact]
-        return f"{self.name(head)}|{self.relation_names[relation]}|{self.name(tail)}"
+        return self.name(head), self.relation_names[relation], self.name(tail)
+
+    def text(self, fact: int) -> str:
+        return "|".join(self.triple(fact))
 
     def spoken(self, fact: int) -> tuple[str, str, str]:
         """As a language model reads it: each part after a space, so that a name is the same tokens wherever it is."""
-        head, relation, tail = self.heads[fact], self.relations[fact], self.tails[fact]
-        words = self.relation_names[relation].replace("_", " ")
-        return f" {self.name(head)}", f" {words}", f" {self.name(tail)}"
+        head, relation, tail = self.triple(fact)
+        return f" {head}", f" {relation.replace('_', ' ')}", f" {tail}"
 
     def edges_of(self, entities: np.ndarray) -> np.ndarray:
         """Places in neighbours and edges of all edges of these entities, in their order."""

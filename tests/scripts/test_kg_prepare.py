@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.kg.documents import fact_documents
 from nanochat.kg.graph import Graph
+from nanochat.kg.triples import read_facts
 from scripts import kg_prepare
 from tasks.example_world import generate_world
 
@@ -69,7 +71,15 @@ def test_the_example_world(home):
             relation = question["id"].rpartition("_")[2]
             assert any(record["answers"][0] in fact.split("|") and relation in fact for fact in record["facts"])
     assert direct > len(records) / 2
-    assert records[-1] == {"id": "x", "topics": [], "answers": [], "hops": [], "facts": []}
+    nothing = {"topics": [], "answers": [], "hops": [], "facts": [], "doc_ids": []}
+    assert records[-1] == {"id": "x", "query": "who is Nobody Atall?", **nothing}
+    # they are queries of a knowledge base of facts: their documents are a way from an entity to the first answer
+    documents = {document.id: document for document in fact_documents(read_facts([home / "graph.txt"]))}
+    for record in records[:-1]:
+        ends = [{documents[i].metadata["head"], documents[i].metadata["tail"]} for i in record["doc_ids"]]
+        assert any(record["answers"][0] in pair for pair in ends)
+        assert any(topic in pair for topic in record["topics"] for pair in ends)
+        assert len(ends) >= record["hops"][0]
     text = printed("subgraph", *common, "--output", home / "around.jsonl", "--max_facts", 50)
     around = [json.loads(line) for line in (home / "around.jsonl").read_text().splitlines()]
     assert max(record["size"] for record in around) == 50 and any(record["cut"] for record in around)
