@@ -351,6 +351,34 @@ def test_fp8_takes_the_large_layers_and_stays_near():
         use_fp8(exact, torch.device("cpu"))
 
 
+def test_adapters_learn_beside_layers_in_fp8(small_tokenizer, tmp_path):
+    pytest.importorskip("torchao")
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=330, eos_token_id=301, **shape)).save_pretrained(tmp_path)
+    to_hf_tokenizer(small_tokenizer, 512).save_pretrained(tmp_path)
+    exact, rounded = load(tmp_path, lora=LoRA(rank=4)), load(tmp_path, lora=LoRA(rank=4), fp8_emulate=True)
+    frozen = {name: p.clone() for name, p in rounded.model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.Adam(rounded.trainable_parameters(), lr=0.02)
+    rows, gate = make_rows(rounded), torch.rand(2, 4, requires_grad=True)
+    history = []
+    for _ in range(12):
+        loss = losses(rounded, rows, gate).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert 1e-5 < abs(history[0] - losses(exact, rows, gate).mean().item()) < 0.1
+    assert history[-1] < 0.85 * history[0] and gate.grad.isfinite().all() and gate.grad.any()
+    assert all(torch.equal(frozen[name], p) for name, p in rounded.model.named_parameters() if name in frozen)
+    rounded.save(tmp_path / "saved")
+    with torch.no_grad():
+        again = load(tmp_path / "saved", fp8_emulate=True)
+        assert torch.allclose(losses(again, rows, gate), losses(rounded, rows, gate), atol=1e-6)
+
+
 def given_gates(weight: torch.Tensor) -> Gates:
     """weight (1, L, S), the same in each row; each key is a fact."""
     return Gates(weight[:, 0], weight, torch.eye(weight.shape[-1], dtype=torch.bool)[None])
