@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nanochat.common import atomic_write_text
-
-if TYPE_CHECKING:
-    from nanochat.model.lm import HybridLM
 
 _NOT_PLOTTED = {"step", "phase", "lr_scale", "seconds", "tokens_per_s", "elapsed", "grad_norm", "loss"}
 
@@ -19,9 +15,9 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
 
 
-def write_report(run_dir: Path, title: str, config: dict, model: HybridLM, num_steps: int) -> Path:
+def write_report(run_dir: Path, title: str, config: dict, model: str, num_steps: int) -> Path:
     """Write run_dir/report.md, loss.png and, where there are other figures than losses, figures.png from
-    run_dir/metrics.jsonl."""
+    run_dir/metrics.jsonl. model: what it is, in a sentence."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     last = rows[-1]
     tokens = sum(r["tokens_per_s"] * r["seconds"] for r in rows)
@@ -36,8 +32,7 @@ def write_report(run_dir: Path, title: str, config: dict, model: HybridLM, num_s
     lines = [
         f"# {title}",
         "",
-        f"Model: `{model.config.block_pattern}`, width {model.config.d_model}, "
-        f"{model.num_parameters() / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}.",
+        f"Model: {model}.",
         f"{last['step']} of {num_steps} steps, {tokens:,.0f} tokens in {seconds / 60:.1f} minutes of steps "
         f"({tokens / seconds:,.0f} tokens/s), {last['elapsed'] / 60:.1f} minutes in all.",
         "",

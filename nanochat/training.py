@@ -316,7 +316,7 @@ def train(
         except UserError:
             if log and step:  # what led to it can be looked at
                 log.close()
-                write_report(run_dir, log.title, config_to_dict(config), model, num_steps)
+                write_report(run_dir, log.title, config_to_dict(config), model.description, num_steps)
             raise
         scale = phase.lr * lr_scale(config, step, progress)
         optimizers.set_lr_scale(scale)
@@ -357,7 +357,7 @@ def train(
             save(run_dir)
     if log:
         log.close()
-        write_report(run_dir, log.title, config_to_dict(config), model, num_steps)
+        write_report(run_dir, log.title, config_to_dict(config), model.description, num_steps)
         print0(f"wrote {run_dir}")
     return model
 

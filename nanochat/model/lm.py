@@ -208,6 +208,11 @@ class HybridLM(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def description(self) -> str:
+        pattern, width, size = self.config.block_pattern, self.config.d_model, self.num_parameters() / 1e6
+        return f"`{pattern}`, width {width}, {size:.2f}M parameters, vocabulary {self.config.vocab_size}"
+
     def flops_per_token(self, length: int) -> float:
         """Matrix-product FLOPs of forward and backward per token at a context length (6 per weight, plus attention's
         and the scan's own products)."""

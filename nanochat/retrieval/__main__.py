@@ -74,7 +74,7 @@ class Config:
     """export --to milvus: the name there."""
     replace: bool = False
     """export --to milvus: throw away what the collection has."""
-    type: Literal["simple", "bm25", "dense", "hybrid", "kg"] | None = None
+    type: Literal["simple", "bm25", "dense", "hybrid", "kg", "dsi"] | None = None
     """The retriever (build: simple if not given; others: the one the base was built with)."""
     search: str | None = None
     """search: what to look for."""
@@ -147,6 +147,10 @@ class Config:
     """kg: facts looked at for a question (4,096)."""
     threshold: float | None = None
     """kg: facts of a smaller probability are not found (0.01)."""
+    index: Path | None = None
+    """dsi: the folder of a trained index (scripts.dsi_train), which the base keeps."""
+    epochs: int | None = None
+    """dsi: how often a document that is new to the index is seen when it is added (100)."""
 
 
 _SETTINGS = {name for kind in RETRIEVER_TYPES for name in setting_names(kind)}

@@ -22,6 +22,7 @@ _SETTINGS = {
     "dense": _DENSE,
     "hybrid": tuple(dict.fromkeys((*_HYBRID, *_BM25, *_DENSE))),
     "kg": ("fact_retriever", "max_hops", "hub_degree", "max_facts", "threshold", "device", *TEXT_SETTINGS),
+    "dsi": ("index", "epochs", "device", *TEXT_SETTINGS),
 }
 RETRIEVER_TYPES = tuple(_SETTINGS)  # over a knowledge base
 _SETTINGS["milvus"] = ("uri", "collection", "search", "token", "dense_index", *_SETTINGS["hybrid"])
@@ -38,7 +39,7 @@ def setting_names(retriever_type: str) -> tuple[str, ...]:
 
 
 def create_retriever(retriever_type: str, **settings: Any) -> Any:
-    """A retriever: simple, bm25, dense, hybrid and kg are empty; milvus and client have what is there."""
+    """A retriever: simple, bm25, dense, hybrid, kg and dsi are empty; milvus and client have what is there."""
     names = setting_names(retriever_type)
     for name in settings:
         if name not in names:
@@ -51,6 +52,10 @@ def create_retriever(retriever_type: str, **settings: Any) -> Any:
         from nanochat.kg.retriever import KGRetriever
 
         return KGRetriever(**settings)
+    if retriever_type == "dsi":
+        from nanochat.dsi.retriever import DSIRetriever
+
+        return DSIRetriever(**settings)
     if retriever_type == "milvus":
         from nanochat.retrieval.milvus import MilvusRetriever
 

@@ -1,0 +1,18 @@
+"""A search index of some thousand documents, sized for a laptop.
+
+python -m scripts.dsi_train configs/dsi_tiny.py --documents data/rag_examples/documents.jsonl
+"""
+
+model = "t5"
+scheme = "semantic"
+width = 128
+layers = 2
+vocab_size = 2048
+lr = 2e-3
+total_batch_size = 4096
+num_steps = 2000
+warmup_steps = 50
+warmdown_frac = 0.5
+eval_every = 500
+save_every = 1000
+log_every = 50

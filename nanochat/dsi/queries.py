@@ -1,0 +1,88 @@
+"""What an index is trained on: for each document, texts that it should be found by.
+
+    prefix    its beginning. With this alone an index learns its documents by heart and finds few by questions
+    spans     pieces of it, from anywhere
+    keywords  some of its words, those that few documents have more often, in their order: like a search
+    questions written ones, where there are some (--queries)
+
+Source: Zhuang et al., "Bridging the Gap Between Indexing and Retrieval for Differentiable Search Index with Query
+Generation" (2022, arXiv 2206.10128), who write the queries with a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nanochat.common import UserError
+from nanochat.retrieval.analysis import Analyzer
+from nanochat.retrieval.document import Document
+
+KINDS = ("prefix", "spans", "keywords", "questions")
+PREFIX_WORDS, SPAN_WORDS, KEYWORDS = 32, (6, 24), (2, 8)
+_WORD = re.compile(r"\w[\w'’-]*")
+
+
+class PseudoQueries:
+    """kinds: how often each is drawn, "spans:1,keywords:2"; questions are drawn only for documents that have some."""
+
+    def __init__(
+        self, documents: Sequence[Document], kinds: dict[str, float], questions: Sequence[dict[str, Any]] = ()
+    ):
+        if unknown := [kind for kind in kinds if kind not in KINDS]:
+            raise UserError(f"no kind of pseudo-query {unknown[0]!r}; use {', '.join(KINDS)}")
+        if not kinds or min(kinds.values()) < 0 or not sum(kinds.values()):
+            raise UserError("pseudo-queries need kinds with weights, like keywords:2,spans:1")
+        self.documents, self.kinds = list(documents), kinds
+        self.questions: dict[str, list[str]] = {}
+        for query in questions:
+            for id in query["doc_ids"][:1]:
+                self.questions.setdefault(id, []).append(query["query"])
+        self._words = [_WORD.findall(f"{document.title} {document.content}") for document in documents]
+        self._weights = self._rarity() if "keywords" in kinds else []
+
+    def _rarity(self) -> list[np.ndarray]:
+        """For each document the chance of its words as keywords: by their idf; stop words never, but where a document
+        has no others."""
+        analyzer = Analyzer("english", True, True)
+        terms: dict[str, str] = {}
+        for words in self._words:
+            for word in words:
+                if word not in terms:
+                    terms[word] = " ".join(analyzer.terms(word))
+        counts = Counter(term for words in self._words for term in {terms[word] for word in words})
+        weights = []
+        for words in self._words:
+            idf = [np.log((1 + len(self._words)) / counts[terms[w]]) if terms[w] else 0.0 for w in words]
+            weight = np.array(idf) + (0 if any(idf) else 1)
+            weights.append(weight / max(weight.sum(), 1e-9))
+        return weights
+
+    def draw(self, document: int, rng: np.random.Generator) -> str:
+        """A text for the document at this place."""
+        kinds = {
+            k: w for k, w in self.kinds.items() if k != "questions" or self.documents[document].id in self.questions
+        }
+        total = sum(kinds.values())
+        if not total:  # questions alone, and none of this document
+            kinds, total = {"keywords" if self._weights else "spans": 1.0}, 1.0
+        kind = str(rng.choice(list(kinds), p=np.array(list(kinds.values())) / total))
+        words = self._words[document]
+        if kind == "questions":
+            asked = self.questions[self.documents[document].id]
+            return asked[int(rng.integers(len(asked)))]
+        if not words:
+            return self.documents[document].content[:200]
+        if kind == "prefix":
+            return " ".join(words[:PREFIX_WORDS])
+        if kind == "spans":
+            length = int(rng.integers(*SPAN_WORDS))
+            start = int(rng.integers(max(1, len(words) - length + 1)))
+            return " ".join(words[start : start + length])
+        weight = self._weights[document]
+        count = min(int(rng.integers(*KEYWORDS)), int((weight > 0).sum()))
+        return " ".join(words[at] for at in sorted(rng.choice(len(words), count, replace=False, p=weight)))
