@@ -2,10 +2,10 @@
 
     python -m bench.agent --home data/demo --seeds 0,1,2 --json
 
-On the world of runs/demo.sh (its base directory is --home). Its RAG model is taught the facts about some entities closed
-book, each in two wordings, between examples of reading documents; questions about them, in a third wording, are the
-known half. The unknown half are questions about entities that it never saw: some to learn when to search, others to be
-asked. Neither kind was trained on before. Then scripts.agent_train, from there for every seed:
+On the world of runs/demo.sh (its base directory is --home). Its RAG model is taught the facts about some entities
+closed book, each in two wordings, between examples of reading documents; questions about them, in a third wording, are
+the known half. The unknown half are questions about entities that it never saw: some to learn when to search, others to
+be asked. Neither kind was trained on before. Then scripts.agent_train, from there for every seed:
 
     policy    by example, then by reward at --price
     forced    the same model, made to search for every question
