@@ -3,7 +3,7 @@
     python -m bench.agent --home data/demo --seeds 0,1,2 --json
 
 On the world of runs/demo.sh (its base directory is --home). Its RAG model is taught the facts about some entities
-closed book, each in two wordings, between examples of reading documents; questions about them, in a third wording, are
+closed book, each in three wordings, between examples of reading documents; questions about them in another wording are
 the known half. The unknown half are questions about entities that it never saw: some to learn when to search, others to
 be asked. Neither kind was trained on before. Then scripts.agent_train, from there for every seed:
 
@@ -33,7 +33,8 @@ from tasks.example_world import relation_of, wordings
 from tasks.rag import RAGTask
 
 HALVES = ("known", "unknown")
-READING = 0.5  # examples of reading documents for each that is taught closed book
+READING = 1.0  # examples of reading documents for each that is taught closed book
+REPEATS = 6  # of the latter: they are short, and every word of them has to be learned by heart
 
 
 @dataclass(kw_only=True)
@@ -46,7 +47,7 @@ class Config:
     """Folder for what is trained; by default agent in home. It may be deleted, and a run that stopped goes on there."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the entities that are known and of training."""
-    known_entities: int = 100
+    known_entities: int = 200
     """Entities whose facts are taught."""
     questions: int = 400
     """Questions of each half that every system answers, at most."""
@@ -90,6 +91,7 @@ def prepare(config: Config, folder: Path, seed: int) -> None:
             texts = wordings(query, manager.documents([entity])[0].title)
             rng.shuffle(texts)
             *taught, held_out = texts
+            taught.append(query["hops"][0]["query"])  # the bare name and relation
             train["known"] += [{**query, "id": f"{query['id']}_{n}", "query": text} for n, text in enumerate(taught)]
             test.append({**query, "query": held_out})
         elif entity in asked:
@@ -109,8 +111,7 @@ def prepare(config: Config, folder: Path, seed: int) -> None:
     ]
     reading = rng.sample(read_queries(queries / "train.jsonl"), max(1, round(READING * len(talks))))
     task = RAGTask(reading, manager, top_k=2, cite=True, seed=seed)
-    # known ones more often than reading: they are short, and it is every word that has to be learned
-    write_jsonl(folder / "talks.jsonl", talks * 4 + [task[i] for i in range(len(task))])
+    write_jsonl(folder / "talks.jsonl", talks * REPEATS + [task[i] for i in range(len(task))])
 
 
 def with_searches(queries: list[dict[str, Any]], manager: RetrievalManager) -> list[dict[str, Any]]:

@@ -22,9 +22,10 @@ eval_questions = 200
 max_tokens = 64
 log_every = 20
 
-# by reward
+# by reward: right answers teach, wrong ones differ in too many ways (docs/lab_notes.md)
 rl_steps = 60
-rl_lr_frac = 0.1
+rl_lr_frac = 0.3
+negative_weight = 0.0
 reward_metric = "em"
 kl = 0.0
 group_size = 4
