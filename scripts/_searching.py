@@ -17,7 +17,7 @@ import torch
 
 from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_checkpoint
 from nanochat.common import Compute, UserError, compute_init, print0
-from nanochat.engine import Engine, Generation
+from nanochat.engine import Engine
 from nanochat.model.lm import HybridLM
 from nanochat.packing import PackedBatches
 from nanochat.retrieval import RetrievalManager
@@ -31,7 +31,6 @@ from tasks.common import load_conversations, render_examples
 from tasks.refrag import MultiHopRAGTask, StaticRAGTask, model_hops, multi_hop_figures
 
 MOST_VAL_EXAMPLES = 500
-Score = Callable[[Sequence[dict[str, Any]], Sequence[tuple[str, Generation]]], dict[str, float]]
 
 
 @dataclass(kw_only=True)
@@ -145,12 +144,12 @@ class Setup:
     model: HybridLM
     tokenizer: Tokenizer
     start: dict[str, Any]
-    """Of the checkpoint: its meta.json, and its directory."""
+    """Of the checkpoint: its meta.json, its directory and its tag."""
     stages: tuple[str, str]
     """Sources of the checkpoints after examples and after rewards."""
     train_queries: list[dict[str, Any]]
     val_queries: list[dict[str, Any]]
-    score: Score = multi_hop_figures
+    score: Callable[..., dict[str, float]] = multi_hop_figures
     """Figures of answers to queries."""
     meta: dict[str, Any] = field(default_factory=dict)
     """What checkpoints say of themselves besides."""
@@ -217,6 +216,7 @@ def begin(config: SearchConfig, stages: tuple[str, str]) -> Setup:
     else:
         held_out = min(200, len(queries) // 10)
         val_queries, queries = queries[:held_out], queries[held_out:]
+    start["model_tag"] = tag
     return Setup(config, compute, tag.split("/")[0], manager, model, tokenizer, start, stages, queries, val_queries)
 
 

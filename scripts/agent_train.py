@@ -52,6 +52,8 @@ def decisions(setup: Setup) -> dict[str, bool]:
     queries = setup.val_queries[: max(MOST_VAL_EXAMPLES, config.eval_questions)]
     if setup.by_example:
         queries = setup.train_queries + queries
+    if not queries:
+        return {}
     if config.plan:  # without asking: searches are the longer examples
         print0("the plan takes every question for one to search for")
         return {query["query"]: True for query in queries}
@@ -77,7 +79,7 @@ def main() -> None:
     config = load_config(Config)
     print0(format_config(config))
     setup = begin(config, ("agent_sft", "agent"))
-    here = {"source": config.source, "model_tag": setup.tag, "step": setup.start["step"]}
+    here = {"source": config.source, "model_tag": setup.start["model_tag"], "step": setup.start["step"]}
     setup.meta["start"] = here if setup.by_example else setup.start.get("start")
     oracle = decisions(setup)
     setup.score = partial(score, setup, oracle)
