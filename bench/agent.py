@@ -91,7 +91,6 @@ def prepare(config: Config, folder: Path, seed: int) -> None:
             texts = wordings(query, manager.documents([entity])[0].title)
             rng.shuffle(texts)
             *taught, held_out = texts
-            taught.append(query["hops"][0]["query"])  # the bare name and relation
             train["known"] += [{**query, "id": f"{query['id']}_{n}", "query": text} for n, text in enumerate(taught)]
             test.append({**query, "query": held_out})
         elif entity in asked:
@@ -105,9 +104,12 @@ def prepare(config: Config, folder: Path, seed: int) -> None:
     for half, questions in {"known": test, "unknown": strangers}.items():
         write_jsonl(folder / f"{half}_test.jsonl", rng.sample(questions, count))
         write_jsonl(folder / f"{half}_train.jsonl", train[half])
+    lessons = [(q["query"], q["answers"][0]) for q in train["known"]]
+    # the bare name and relation helps with other wordings; it is not asked so, since the unknown half is not either
+    lessons += dict.fromkeys((q["hops"][0]["query"], q["answers"][0]) for q in train["known"])
     talks = [
-        {"messages": [{"role": "user", "content": q["query"]}, {"role": "assistant", "content": q["answers"][0]}]}
-        for q in train["known"]
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in lessons
     ]
     reading = rng.sample(read_queries(queries / "train.jsonl"), max(1, round(READING * len(talks))))
     task = RAGTask(reading, manager, top_k=2, cite=True, seed=seed)
