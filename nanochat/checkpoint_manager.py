@@ -7,7 +7,7 @@
         meta.json               model config, training config, step, data position, RNG, git revision
         COMPLETE                written last; a directory without it is ignored
 
-Sources are the stages of training: base, mid, rag, refrag, refrag_rl, embed.
+Sources are the stages of training: base, mid, rag, refrag, refrag_rl, agent_sft, agent, embed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ _SCRIPTS = {
     "embed": "embed_finetune",
     "refrag": "refrag_finetune",
     "refrag_rl": "refrag_finetune",
+    "agent_sft": "agent_train",
+    "agent": "agent_train",
 }
 
 

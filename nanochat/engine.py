@@ -191,6 +191,9 @@ class Batch:
         for at, row in enumerate(rows):
             if row[0].forbidden:
                 logits[at, row[0].forbidden] = -torch.inf
+            if (token := row[0].required) is not None:
+                logits[at] = -torch.inf
+                logits[at, token] = 0.0
         requests = [request for row in rows for request in row]
         if len(requests) > len(rows):
             logits = logits[[at for at, row in enumerate(rows) for _ in row]]

@@ -60,6 +60,22 @@ def abstention_scores(abstained: Sequence[bool], answerable: Sequence[bool]) -> 
     return scores
 
 
+def search_decisions(searched: Sequence[bool], needed: Sequence[bool]) -> dict[str, float]:
+    """search_precision: of the questions that were searched for, the share that needed it (0 if none was);
+    search_recall: of those that need it, the share that was searched for; needless_searches: of those that do not. A
+    figure whose questions do not occur is left out."""
+    pairs = list(zip(searched, needed, strict=True))
+    with_need = [did for did, need in pairs if need]
+    without = [did for did, need in pairs if not need]
+    scores = {}
+    if with_need:
+        scores["search_precision"] = sum(with_need) / max(1, sum(searched))
+        scores["search_recall"] = sum(with_need) / len(with_need)
+    if without:
+        scores["needless_searches"] = sum(without) / len(without)
+    return scores
+
+
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
     """1 if the normalised prediction equals one of the normalised answers, else 0.
 

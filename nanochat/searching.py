@@ -33,13 +33,15 @@ class Searching:
     top_k_per_hop: int = 3
     """Documents shown after one search; those that the conversation has shown before do not count, nor come again."""
     max_hops: int = 4
-    """Searches in one answer."""
+    """Searches in one answer, at most."""
     at_limit: Literal["answer", "stop"] = "answer"
     """After max_hops: the model cannot begin another search, or its answer ends where it does."""
     max_doc_tokens: int = 500
     """Longest document; the rest is cut."""
     max_context: int | None = None
     """Tokens of prompt and answer together: documents that would go beyond are left out."""
+    min_hops: int = 0
+    """Searches before anything else may be written."""
 
     def __post_init__(self) -> None:
         for name in ("top_k_per_hop", "max_doc_tokens"):
@@ -47,6 +49,8 @@ class Searching:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_hops < 0:
             raise UserError(f"max_hops is {self.max_hops}; it must be 0 or more")
+        if not 0 <= self.min_hops <= self.max_hops:
+            raise UserError(f"min_hops is {self.min_hops}; it must be from 0 to max_hops {self.max_hops}")
 
 
 @dataclass
@@ -133,6 +137,13 @@ class Request:
         searching = self.searching
         full = searching is not None and searching.at_limit == "answer" and len(self.hops) >= searching.max_hops
         return [self._start] if full else []
+
+    @property
+    def required(self) -> int | None:
+        """The token that must come next, if there is one."""
+        searching = self.searching
+        due = searching is not None and len(self.hops) < searching.min_hops and self._opened is None
+        return self._start if due else None
 
     def draw(self) -> float:
         return self._random.random() if self.sampling.temperature > 0 else 0.0

@@ -39,8 +39,9 @@ class Config:
 
     knowledge_base: Path
     """Directory of the knowledge base; python -m nanochat.retrieval builds one."""
-    source: Literal["base", "mid", "rag", "refrag", "refrag_rl"] = "rag"
-    """Stage of training the model comes from: rag, mid or base; refrag and refrag_rl search by themselves."""
+    source: Literal["base", "mid", "rag", "refrag", "refrag_rl", "agent_sft", "agent"] = "rag"
+    """Stage of training the model comes from: rag, mid or base; the others search by themselves, refrag and refrag_rl
+    for every question, agent_sft and agent where they have to."""
     model_tag: str = ""
     """Which model of that stage; empty: the one trained last."""
     retriever_type: str | None = None

@@ -1,9 +1,10 @@
-"""Answer the same questions closed book, from retrieved documents, from the gold documents, by searching, and from the
-facts of a graph, and compare.
+"""Answer the same questions closed book, from retrieved documents, from the gold documents, by searching (always, or
+where the model decides to), and from the facts of a graph, and compare.
 
     python -m scripts.rag_eval --knowledge_base data/rag_examples/knowledge_base \
         --queries data/rag_examples/queries/test.jsonl
     python -m scripts.rag_eval --systems rag,refrag:refrag,refrag:refrag_rl --knowledge_base ... --queries ...
+    python -m scripts.rag_eval --systems agent --knowledge_base ... --queries ...
     python -m scripts.rag_eval --systems drag --graph data/kg --queries data/rag_examples/queries/multihop_test.jsonl
 
 EM and F1 as in SQuAD (nanochat/metrics.py), of the answer without its citations, which are scored apart. One table,
@@ -36,9 +37,11 @@ from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries, write_jsonl
 from nanochat.searching import Searching
 from nanochat.training import autocast, resolve_dtype
+from tasks.agent import oracle_decisions, policy_figures
 from tasks.refrag import multi_hop_figures
 
-SYSTEMS = ("closed", "rag", "gold", "refrag", "drag")
+SYSTEMS = ("closed", "rag", "gold", "refrag", "agent", "drag")
+SEARCHING = ("refrag", "agent")  # by themselves
 
 
 @dataclass(kw_only=True)
@@ -47,7 +50,7 @@ class Config:
 
     queries: list[Path]
     """Files of questions with answers and gold documents (queries/test.jsonl), separated by commas. Questions that the
-    knowledge base holds no answer to are asked where every system searches by itself (refrag), else left out."""
+    knowledge base holds no answer to are asked where every system searches by itself (refrag, agent), else left out."""
     knowledge_base: Path | None = None
     """Directory of the knowledge base; drag needs none."""
     graph: Path | None = None
@@ -61,12 +64,15 @@ class Config:
     top_k: int = 5
     """Documents retrieved for a question."""
     systems: list[str] = field(default_factory=lambda: ["closed", "rag", "gold"])
-    """closed: no documents; rag: the retrieved ones; gold: the gold ones only; refrag: the model searches; drag: facts
-    of a graph. Separated by commas; with another checkpoint's source after a colon, refrag:refrag_rl."""
+    """closed: no documents; rag: the retrieved ones; gold: the gold ones only; refrag: the model searches; agent: it
+    does where it decides to, and how good its decisions are; drag: facts of a graph. Separated by commas; with another
+    checkpoint's source after a colon, refrag:refrag_rl."""
     top_k_per_hop: int | None = None
-    """refrag: documents shown after a search; by default what the model was trained with."""
+    """refrag, agent: documents shown after a search; by default what the model was trained with."""
     max_hops: int | None = None
-    """refrag: searches in one answer; likewise."""
+    """refrag, agent: searches in one answer, at most; likewise. 0: none, whatever the model decides."""
+    min_hops: int = 0
+    """refrag, agent: searches in one answer, at least: 1 for an agent that always searches."""
     num_questions: int = -1
     """A fixed random sample of this many questions; -1: all."""
     seed: int = 0
@@ -137,14 +143,21 @@ def evaluate_system(
 
 
 def evaluate_searching(
-    engine: Engine, queries: list[dict], manager: RetrievalManager, config: Config, meta: dict[str, Any]
+    engine: Engine,
+    queries: list[dict],
+    manager: RetrievalManager,
+    config: Config,
+    meta: dict[str, Any],
+    decides: bool = False,
 ) -> tuple[dict[str, float], list[str]]:
-    """The same where the model searches by itself, and how much it searched; prompt tokens are all that it read."""
+    """The same where the model searches by itself, and how much it searched; prompt tokens are all that it read.
+    decides: also how good its decisions to search are."""
     room = meta["training_config"]["max_seq_len"]
     searching = Searching(
         manager.search,
         config.top_k_per_hop or meta.get("top_k_per_hop", 3),
-        config.max_hops or meta.get("max_hops", 3),
+        meta.get("max_hops", 3) if config.max_hops is None else config.max_hops,
+        min_hops=config.min_hops,
         max_doc_tokens=config.max_doc_length,
         max_context=room,
     )
@@ -168,6 +181,10 @@ def evaluate_searching(
     ]
     if any(names for names, _ in named):
         scores["citation_precision"], scores["citation_recall"] = citation_scores(*zip(*named, strict=True))
+    if decides:
+        device = engine.model.device
+        needed = oracle_decisions(queries, meta.get("start"), device, resolve_dtype(config.dtype, device))
+        scores |= policy_figures(answers, needed)
     scores["seconds_per_question"] = seconds / len(queries)
     scores["prompt_tokens"] = sum(info.prompt_tokens + len(info.ids) - sum(info.mask) for _, info in answers) / len(
         queries
@@ -211,7 +228,7 @@ def main() -> None:
         raise UserError(f"unknown system {unknown[0]!r}: there are {', '.join(SYSTEMS)}")
     compute = compute_init(config.device, config.seed)
     queries = [query for path in config.queries for query in read_queries(path)]
-    if any(system.partition(":")[0] != "refrag" for system in config.systems):
+    if any(system.partition(":")[0] not in SEARCHING for system in config.systems):
         queries = [query for query in queries if query["answers"]]
     if not queries:
         raise UserError(f"{', '.join(map(str, config.queries))}: no question has an answer to compare with")
@@ -239,14 +256,15 @@ def main() -> None:
             checkpoints[source or kind] = meta["directory"]
             print0(f"{system}: Hits@1 {results[system]['hits1']:.3f}, F1 of the sets {results[system]['set_f1']:.3f}")
             continue
-        source = source or config.source
+        source = source or (kind if kind == "agent" else config.source)
         if source not in engines:
             model, tokenizer, meta = load_model(source, compute.device, "eval", config.model_tag)
             engines[source] = Engine(model, tokenizer), meta
             checkpoints[source] = meta["directory"]
         engine, meta = engines[source]
-        if kind == "refrag":
-            results[system], predictions[system] = evaluate_searching(engine, queries, manager, config, meta)
+        if kind in SEARCHING:
+            found = evaluate_searching(engine, queries, manager, config, meta, kind == "agent")
+            results[system], predictions[system] = found
             print0(f"{system}: EM {results[system]['em']:.3f}, F1 {results[system]['f1']:.3f}")
             continue
         began = time.perf_counter()
@@ -294,15 +312,18 @@ def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retri
         "rag": f"{retriever} top-{top_k}",
         "gold": "gold documents",
         "refrag": "searching",
+        "agent": "deciding to search",
         "drag": "facts of a graph",
     }
     searching = any("searches" in r for r in results.values())
     abstaining = any("abstention_recall" in r for r in results.values())
+    deciding = any("search_recall" in r or "needless_searches" in r for r in results.values())
     lines = [
         f"| {n} questions | EM | F1 | recall@{top_k} | citation P / R | prompt tokens | s / question |"
         + (" searches | documents |" if searching else "")
-        + (" abstention P / R | false refusals |" if abstaining else ""),
-        "|---|---|---|---|---|---|---|" + "---|---|" * (searching + abstaining),
+        + (" abstention P / R | false refusals |" if abstaining else "")
+        + (" search P / R | needless |" if deciding else ""),
+        "|---|---|---|---|---|---|---|" + "---|---|" * (searching + abstaining + deciding),
     ]
     for system, r in results.items():
         kind, _, source = system.partition(":")
@@ -317,6 +338,10 @@ def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retri
         if abstaining:
             cells.append(f"{r['abstention_precision']:.3f} / {r['abstention_recall']:.3f}")
             cells.append(f"{r['false_refusal']:.3f}" if "false_refusal" in r else "-")
+        if deciding:
+            needed = "search_recall" in r
+            cells.append(f"{r['search_precision']:.3f} / {r['search_recall']:.3f}" if needed else "-")
+            cells.append(f"{r['needless_searches']:.3f}" if "needless_searches" in r else "-")
         lines.append(f"| {names[kind]}{f' ({source})' if source else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -405,6 +405,19 @@ def _search_text(entity: _Entity, relation: str) -> str:
     return f"{entity.name} {entity.maker if relation == 'author' else relation.replace('_', ' ')}"
 
 
+def wordings(question: dict[str, Any], name: str) -> list[str]:
+    """All ways to ask a question about one document, whose entity has this name."""
+    templates = RELATIONS[relation_of(question)].questions
+    makers = dict.fromkeys(["", *_MAKERS.values()])
+    asked = ([template.format(x=name, maker=maker) for template in templates] for maker in makers)
+    return next(texts for texts in asked if question["query"] in texts)
+
+
+def relation_of(question: dict[str, Any]) -> str:
+    """What a question about one document asks for."""
+    return question["id"].removeprefix(f"{question['doc_ids'][0]}_")
+
+
 def _ask(entity: _Entity, relation: str, rng: random.Random) -> dict[str, Any]:
     return {
         "id": f"{entity.id}_{relation}",

@@ -90,6 +90,36 @@ def test_refrag_searches_twice_for_two_paragraphs(tmp_path):
     assert figures == {"hotpot_recall_single": 0, "hotpot_recall_2hop": 1}
 
 
+def test_agent_asks_what_it_taught_in_other_words_and_about_strangers(tmp_path):
+    from bench.agent import Config, prepare
+    from nanochat.retrieval.document import Document, read_queries
+    from nanochat.retrieval.knowledge_base import build_knowledge_base
+    from tasks.common import load_conversations
+    from tasks.example_world import generate_world
+
+    world = generate_world(300, seed=1)
+    build_knowledge_base(map(Document.from_dict, world.documents), tmp_path / "rag_examples/knowledge_base", "bm25")
+    (tmp_path / "rag_examples/queries").mkdir()
+    for split, questions in world.questions.items():
+        text = "".join(json.dumps(question) + "\n" for question in questions)
+        (tmp_path / f"rag_examples/queries/{split}.jsonl").write_text(text)
+    prepare(Config(home=tmp_path, known_entities=5, questions=20), tmp_path, seed=0)
+    files = {name: read_queries(tmp_path / f"{name}.jsonl") for name in ("known_train", "known_test", "unknown_train")}
+    files |= {name: read_queries(tmp_path / f"{name}.jsonl") for name in ("unknown_test", "val")}
+    entities = {name: {query["doc_ids"][0] for query in queries} for name, queries in files.items()}
+    asked = {name: {query["query"] for query in queries} for name, queries in files.items()}
+    assert len(entities["known_train"]) == 5 and entities["known_test"] <= entities["known_train"]
+    assert not asked["known_test"] & asked["known_train"]
+    facts = {(query["doc_ids"][0], query["answers"][0]) for query in files["known_train"]}
+    assert all((query["doc_ids"][0], query["answers"][0]) in facts for query in files["known_test"])
+    assert len(files["known_test"]) == len(files["unknown_test"]) == 20
+    assert not entities["unknown_train"] & entities["known_train"]
+    assert not entities["unknown_test"] & (entities["unknown_train"] | entities["known_train"])
+    taught = {talk["messages"][-2]["content"] for talk in load_conversations(tmp_path / "talks.jsonl")}
+    assert asked["known_train"] <= taught and not asked["known_test"] & taught
+    assert not taught & (asked["unknown_train"] | asked["unknown_test"])
+
+
 def test_kg(tmp_path):
     with gzip.open(tmp_path / "kb.txt.gz", "wt") as file:
         file.write("Film|directed_by|Ann\nFilm|starred_actors|Bo\nOther|directed_by|Ann\n")

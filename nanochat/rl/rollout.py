@@ -330,7 +330,10 @@ class RolloutBatches:
                 arriving[-1] = rollout.reward
             rollout.advantages, rollout.targets = gae(arriving, rollout.values, 1.0, self.settings.gae_lambda)
         together = torch.cat([r.advantages.repeat(r.copies) for r in self.rollouts])
-        mean, deviation = together.mean(), together.std(unbiased=False)
+        # of all ranks, so that several learn what one does
+        total, count = self._over_ranks([float(together.sum()), float(len(together))])
+        mean = total / count
+        deviation = math.sqrt(self._over_ranks([float((together - mean).square().sum())])[0] / count)
         for rollout in self.rollouts:
             rollout.advantages = self._weighed((rollout.advantages - mean) / (deviation + 1e-4))
 

@@ -21,6 +21,7 @@ from nanochat.metrics import (
     normalize_answer,
     recall_at_k,
     reciprocal_rank,
+    search_decisions,
     split_citations,
     stated_answer,
 )
@@ -178,3 +179,10 @@ def test_abstention_scores_by_hand() -> None:
     assert scores == {"abstention_precision": 2 / 3, "abstention_recall": 2 / 3, "false_refusal": 1 / 2}
     assert abstention_scores([False], [False]) == {"abstention_precision": 0, "abstention_recall": 0}
     assert abstention_scores([False, True], [True, True]) == {"false_refusal": 0.5}
+
+
+def test_search_decisions_by_hand() -> None:
+    scores = search_decisions([True, True, False, True, False], [True, True, True, False, False])
+    assert scores == {"search_precision": 2 / 3, "search_recall": 2 / 3, "needless_searches": 1 / 2}
+    assert search_decisions([False], [True]) == {"search_precision": 0, "search_recall": 0}
+    assert search_decisions([True, False], [False, False]) == {"needless_searches": 0.5}

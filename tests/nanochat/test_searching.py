@@ -145,6 +145,21 @@ def test_limits(scripted, engine, manager):
     assert len(info.hops[0].documents) == 2 and info.hops[0].end - info.hops[0].start < 50
 
 
+def test_so_many_searches_before_anything_else(engine, manager, small_tokenizer):
+    start, end = (small_tokenizer.special_id(f"<|search_{edge}|>") for edge in ("start", "end"))
+    request = Request([1], engine_module.Sampling(), small_tokenizer, Searching(manager.search, 1, 2, min_hops=1))
+    assert request.required == start
+    request.take(start, engine.end)
+    assert request.required is None  # the search is written freely
+    request.take(end, engine.end)
+    assert len(request.hops) == 1 and request.required is None
+    asked = [QUESTION, QUESTION]
+    for settings in ({"min_hops": 0}, {"min_hops": 1}):
+        searching = Searching(manager.search, 1, 2, **settings)
+        for _, info in engine.generate_from_conversations(asked, searching=searching, max_tokens=6):
+            assert (info.ids[0] == start) == bool(settings["min_hops"])
+
+
 def test_max_tokens_counts_what_is_written(scripted, engine, manager):
     seed = scripted.write(("search", "bridge"), "a b c d e f g h")
     searching = Searching(manager.search)
@@ -197,7 +212,7 @@ def test_what_was_read_is_reused_after_searches_too(make_model, small_tokenizer,
 
 
 def test_bad_settings(manager, small_tokenizer):
-    for wrong in ({"top_k_per_hop": 0}, {"max_hops": -1}, {"max_doc_tokens": 0}):
+    for wrong in ({"top_k_per_hop": 0}, {"max_hops": -1}, {"max_doc_tokens": 0}, {"min_hops": 5}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             Searching(manager.search, **wrong)
     with pytest.raises(UserError, match="empty"):

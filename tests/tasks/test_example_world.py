@@ -17,7 +17,7 @@ import pytest
 from nanochat.common import UserError
 from nanochat.metrics import exact_match
 from tasks import example_world
-from tasks.example_world import KINDS, MIN_DOCUMENTS, RELATIONS, SPLITS, World, generate_world
+from tasks.example_world import KINDS, MIN_DOCUMENTS, RELATIONS, SPLITS, World, generate_world, relation_of, wordings
 
 REPOSITORY = Path(example_world.__file__).parents[1]
 
@@ -249,3 +249,12 @@ def test_names_stay_unique_when_short_ones_run_out() -> None:
 def test_a_world_too_small_is_refused() -> None:
     with pytest.raises(UserError, match="at least 10"):
         generate_world(MIN_DOCUMENTS - 1)
+
+
+def test_a_question_in_all_its_wordings(world: World) -> None:
+    names = {document["id"]: document["title"] for document in world.documents}
+    for question in world.questions["train"]:
+        name = names[question["doc_ids"][0]]
+        texts = wordings(question, name)
+        assert question["query"] in texts and len(set(texts)) == 3 and all(name in text for text in texts)
+        assert relation_of(question) in RELATIONS and "{" not in "".join(texts)
