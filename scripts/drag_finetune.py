@@ -115,6 +115,9 @@ class Config(TrainConfig):
     generator_frac: float = 0.5
     """First share of the steps in which the retriever stays as it is: what a model that cannot read facts yet says of
     them is noise, and would undo phase 1."""
+    settle_frac: float = 0.2
+    """Last share of the steps, in which the generator alone learns again, from the facts as they will be shown: what it
+    read before were facts drawn by chance."""
     retriever_weight: float = 0.1
     """Of the retriever's own loss beside the generator's; 0: it learns from the generator alone."""
     balance: Literal["static", "gradient_norm"] = "static"
@@ -237,8 +240,10 @@ def learn_together(
     rows = rows_per_step(config, compute.world_size)
     steps = config.num_steps if config.num_steps > 0 else max(1, round(config.num_epochs * len(train_on) / rows))
     first = steps if config.sampler == "none" else round(config.generator_frac * steps)
+    last = min(steps - first, round(config.settle_frac * steps))
     phases = []
-    for number, (name, count, loss) in enumerate((("generator", first, read_facts), ("joint", steps - first, both))):
+    parts = (("generator", first, read_facts), ("joint", steps - first - last, both), ("settle", last, read_facts))
+    for number, (name, count, loss) in enumerate(parts):
         # each begins at its own first step: in another order, or the second would have the questions of the first
         data = QuestionBatches(asked, train_on, rows, config.max_seq_len, config.seed + number)
         if count:

@@ -116,7 +116,8 @@ def main() -> None:
     val = [query for path in config.val_queries for query in read_queries(path)]
     val = [query for query in val if set(query["doc_ids"]) & documents.keys()][: config.num_val]
     tag = find_model_tag(config.source, config.source_tag)
-    lm, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), None, compute.device)
+    lm, tokenizer, about, _ = load_checkpoint(checkpoint_root(config.source, tag), None, compute.device)
+    kept = {"training_config": about["training_config"]} if "training_config" in about else {}
     lm.requires_grad_(config.reader_lr > 0)
     reader = Reader(lm, tokenizer, config.cite, config.max_doc_length)
     settings = JointConfig(config.top_k, config.draws, config.marginal, config.policy, config.anchor)
@@ -138,7 +139,7 @@ def main() -> None:
 
     def save(directory: Path) -> None:
         index.save(directory)
-        save_checkpoint(directory / "reader", 0, lm, tokenizer, {})
+        save_checkpoint(directory / "reader", 0, lm, tokenizer, kept)  # what it was trained with: how much it can read
 
     def load(directory: Path) -> None:
         index.model.load_state_dict(SearchIndex.load(directory).model.state_dict())

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_model
+from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_checkpoint, load_model, newest
 from nanochat.common import UserError, atomic_write_text, compute_init, print0, run_main
 from nanochat.config import config_to_dict, format_config, load_config
 from nanochat.conversation import answer_text, render_prompt
+from nanochat.dsi.index import SearchIndex
+from nanochat.dsi.training import ranking_figures
 from nanochat.engine import Engine
 from nanochat.kg.drag import load_drag
 from nanochat.kg.drag_data import answer_all, ask, score_answers
@@ -40,8 +42,9 @@ from nanochat.training import autocast, resolve_dtype
 from tasks.agent import oracle_decisions, policy_figures
 from tasks.refrag import multi_hop_figures
 
-SYSTEMS = ("closed", "rag", "gold", "refrag", "agent", "drag")
+SYSTEMS = ("closed", "rag", "gold", "refrag", "agent", "dsi", "joint", "drag")
 SEARCHING = ("refrag", "agent")  # by themselves
+INDEXES = ("dsi", "joint")  # a search index finds the documents
 
 
 @dataclass(kw_only=True)
@@ -65,8 +68,9 @@ class Config:
     """Documents retrieved for a question."""
     systems: list[str] = field(default_factory=lambda: ["closed", "rag", "gold"])
     """closed: no documents; rag: the retrieved ones; gold: the gold ones only; refrag: the model searches; agent: it
-    does where it decides to, and how good its decisions are; drag: facts of a graph. Separated by commas; with another
-    checkpoint's source after a colon, refrag:refrag_rl."""
+    does where it decides to, and how good its decisions are; dsi: as rag, with what the newest search index finds;
+    joint: with an index that learned from answers, and its model; drag: facts of a graph. Separated by commas; with
+    another checkpoint's source after a colon, refrag:refrag_rl."""
     top_k_per_hop: int | None = None
     """refrag, agent: documents shown after a search; by default what the model was trained with."""
     max_hops: int | None = None
@@ -93,10 +97,14 @@ class Config:
     """Print the figures as one JSON object in the last line."""
 
 
-def contexts(system: str, queries: list[dict], manager: RetrievalManager, top_k: int) -> list[list[Any]]:
+def contexts(
+    system: str, queries: list[dict], manager: RetrievalManager, top_k: int, index: SearchIndex | None = None
+) -> list[list[Any]]:
     """The documents a system shows for each question."""
     if system == "closed":
         return [[] for _ in queries]
+    if index is not None:
+        return [manager.documents(ids[:top_k]) for ids in found_by_index(index, queries, manager, top_k)]
     if system == "rag":
         return manager.search([q["query"] for q in queries], top_k)
     if missing := manager.unknown(i for q in queries for i in q["doc_ids"]):
@@ -104,6 +112,28 @@ def contexts(system: str, queries: list[dict], manager: RetrievalManager, top_k:
             f"gold document {missing[0]!r} is not in the knowledge base: build it from the queries' documents"
         )
     return [manager.documents(q["doc_ids"]) for q in queries]
+
+
+def found_by_index(index: SearchIndex, queries: list[dict], manager: RetrievalManager, top_k: int) -> list[list[str]]:
+    """Ids of the base's documents."""
+    there = frozenset(index.ids.sequences) - frozenset(manager.unknown(index.ids.sequences))
+    found = index.search([query["query"] for query in queries], top_k, there)
+    return [[id for id, _ in ranked] for ranked in found]
+
+
+def ranking_beside_bm25(
+    index: SearchIndex, queries: list[dict], manager: RetrievalManager, base: Path
+) -> dict[str, float]:
+    """hits1, hits10 and mrr of the index, and of BM25 over the same base."""
+    asked = [query for query in queries if query["doc_ids"]]
+    if not asked:
+        return {}
+    bm25 = RetrievalManager("bm25", base).search([query["query"] for query in asked], 10)
+    figures = ranking_figures(found_by_index(index, asked, manager, 10), asked)
+    of_bm25 = ranking_figures([[document.id for document in ranked] for ranked in bm25], asked)
+    for name, one in (("index", figures), ("bm25", of_bm25)):
+        print0(f"{name:6} " + ", ".join(f"{key} {value:.3f}" for key, value in one.items()))
+    return figures | {f"bm25_{key}": value for key, value in of_bm25.items()}
 
 
 def evaluate_system(
@@ -256,9 +286,18 @@ def main() -> None:
             checkpoints[source or kind] = meta["directory"]
             print0(f"{system}: Hits@1 {results[system]['hits1']:.3f}, F1 of the sets {results[system]['set_f1']:.3f}")
             continue
-        source = source or (kind if kind == "agent" else config.source)
+        index = None
+        if kind in INDEXES:
+            folder = newest(checkpoint_root(kind, find_model_tag(kind)))
+            index = SearchIndex.load(folder, compute.device)
+            checkpoints[f"{kind} index"] = str(folder)
+        source = source or (kind if kind in ("agent", "joint") else config.source)
         if source not in engines:
-            model, tokenizer, meta = load_model(source, compute.device, "eval", config.model_tag)
+            if source == "joint":
+                model, tokenizer, meta, _ = load_checkpoint(folder / "reader", None, compute.device)
+                model.eval()
+            else:
+                model, tokenizer, meta = load_model(source, compute.device, "eval", config.model_tag)
             engines[source] = Engine(model, tokenizer), meta
             checkpoints[source] = meta["directory"]
         engine, meta = engines[source]
@@ -268,11 +307,13 @@ def main() -> None:
             print0(f"{system}: EM {results[system]['em']:.3f}, F1 {results[system]['f1']:.3f}")
             continue
         began = time.perf_counter()
-        documents = contexts(kind, queries, manager, config.top_k)
+        documents = contexts(kind, queries, manager, config.top_k, index)
         searched = time.perf_counter() - began
         room = meta["training_config"]["max_seq_len"] - config.max_tokens
         scores, predictions[system] = evaluate_system(engine, queries, documents, config, room)
-        if kind == "rag":
+        if index is not None:
+            scores |= ranking_beside_bm25(index, queries, manager, config.knowledge_base)
+        if kind == "rag" or index is not None:
             scores["search_seconds_per_question"] = searched / len(queries)
             for k in sorted({1, 5, 10} | {config.top_k}):
                 if k <= config.top_k:
@@ -289,7 +330,11 @@ def main() -> None:
     output = config.output or config.queries[0].parent / "eval" / f"{'-'.join(checkpoints)}-{tag}"
     table = format_table(results, len(queries), config.top_k, manager.retriever_type if manager else "")
     print0("\n" + table)
-    figures = {f"{s}_{k}" if not k.startswith("recall") else k: v for s, r in results.items() for k, v in r.items()}
+    figures = {
+        k if k.startswith("recall") and s.startswith("rag") else f"{s}_{k}": v
+        for s, r in results.items()
+        for k, v in r.items()
+    }
     figures["n"] = len(queries)
     report = {"figures": figures, "config": config_to_dict(config), "checkpoints": checkpoints}
     atomic_write_text(output / "results.json", json.dumps(report, indent=2))
@@ -313,6 +358,8 @@ def format_table(results: dict[str, dict[str, float]], n: int, top_k: int, retri
         "gold": "gold documents",
         "refrag": "searching",
         "agent": "deciding to search",
+        "dsi": f"search index top-{top_k}",
+        "joint": f"joint index top-{top_k}",
         "drag": "facts of a graph",
     }
     searching = any("searches" in r for r in results.values())

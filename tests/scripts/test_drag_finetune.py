@@ -96,7 +96,7 @@ def weights(home, tag, step=8) -> dict[str, torch.Tensor]:
 
 def test_both_phases_then_killed_and_resumed(home):
     text = run(home, "--phase", 2, "--model_tag", "whole", "--retriever_weight", 0)
-    assert "generator 4/8" in text and "joint 8/8" in text
+    assert "generator 4/8" in text and "joint 6/8" in text and "settle 8/8" in text
     logged = metrics(home, "whole")
     assert len(logged) == 8 and {"hits1", "hit", "f1", "em", "val_facts_kept"} <= logged[-1].keys()
     assert (home / "checkpoints/drag/whole/best").is_dir() and list((home / "checkpoints/drag/whole").glob("*.png"))
