@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from nanochat import adamw
 from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_checkpoint, newest
 from nanochat.common import Compute, UserError, compute_cleanup, compute_init, print0, run_main
@@ -24,11 +26,11 @@ from nanochat.config import format_config, load_config
 from nanochat.dsi.index import SearchIndex
 from nanochat.dsi.model import LMIndex, T5Index
 from nanochat.dsi.queries import PseudoQueries
-from nanochat.dsi.training import PseudoQueryBatches, evaluate_index, index_loss, ranking_figures
+from nanochat.dsi.training import Pairs, PseudoQueryBatches, evaluate_index, index_loss, ranking_figures
 from nanochat.retrieval.bm25 import BM25Retriever
 from nanochat.retrieval.document import Document, read_documents, read_queries
 from nanochat.tokenizer import Tokenizer
-from nanochat.training import Phase, TrainConfig, rows_per_step
+from nanochat.training import Phase, TrainConfig, autocast, resolve_dtype, rows_per_step
 
 
 @dataclass(kw_only=True)
@@ -151,7 +153,13 @@ def main() -> None:
     if not learned:
         raise UserError("--add: the index has all of these documents")
     batches = PseudoQueryBatches(pseudo, learned, rows, config.max_seq_len, config.seed, rehearsed, config.rehearsal)
-    phase = Phase("index", batches, config.num_steps, loss=lambda _, batch: index_loss(index, batch))
+    dtype = resolve_dtype(config.dtype, compute.device)
+
+    def loss(_: Any, batch: Pairs) -> torch.Tensor:
+        with autocast(compute.device, dtype):
+            return index_loss(index, batch)
+
+    phase = Phase("index", batches, config.num_steps, loss=loss)
     run_dir = checkpoint_root("dsi", (config.model_tag or f"{tag}_added") if config.add else tag)
 
     def load(directory: Path) -> None:
