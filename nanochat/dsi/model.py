@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanochat.common import UserError
+from nanochat.common import UserError, quiet
 from nanochat.dsi.trie import constrained
 from nanochat.model.lm import HybridLM, ModelConfig
 from nanochat.tokenizer import Tokenizer
@@ -117,7 +117,8 @@ class T5Decoding:
 
 def _t5() -> tuple[Any, Any]:
     try:
-        from transformers import T5Config, T5ForConditionalGeneration
+        with quiet():
+            from transformers import T5Config, T5ForConditionalGeneration
     except ImportError:
         raise UserError('transformers is missing, which has T5: pip install "nanochat[hf]"') from None
     return T5Config, T5ForConditionalGeneration

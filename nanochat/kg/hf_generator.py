@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.common import UserError
+from nanochat.common import UserError, quiet
 from nanochat.kg.closed_answers import ClosedAnswer, likeliest
 from nanochat.kg.hf_gates import ARGUMENT, MIXERS, check_mixers, lay_out, make_gates, positions, prepare
 from nanochat.model.fp8 import SMALLEST, fp8_config
@@ -203,7 +201,7 @@ def load(
     checkpointing: layers are computed again in backward, a third more time for far less memory. fp8: the large products
     of the frozen layers in 8-bit floats; fp8_emulate: the same roundings on any machine."""
     try:
-        with _quiet():
+        with quiet():
             from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -224,7 +222,7 @@ def load(
     lm.to(device)
     if fp8 or fp8_emulate:
         use_fp8(lm, torch.device(device), fp8_emulate)
-    with _quiet():
+    with quiet():
         if saved:
             model = PeftModel.from_pretrained(lm, str(path), is_trainable=True)
         else:
@@ -299,17 +297,3 @@ def _evaluating(lm: nn.Module) -> Iterator[None]:
         yield
     finally:
         lm.train(training)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """peft's import tries every kernel of torchao, which warns of each that this machine lacks; its use of transformers
-    warns of names that will change."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
