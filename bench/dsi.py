@@ -26,9 +26,8 @@ from nanochat.common import UserError, run_main
 from nanochat.config import load_config
 from nanochat.dsi.docids import SCHEMES
 from nanochat.dsi.index import SearchIndex
-from nanochat.dsi.training import evaluate_index
+from nanochat.dsi.training import evaluate_index, found_by_bm25, of_documents
 from nanochat.retrieval.document import Document, read_documents, read_queries, write_jsonl
-from scripts.dsi_train import found_by_bm25, of_documents
 from tasks.hotpotqa import read_hotpotqa
 
 PARTS = ("queries", "schemes", "models", "add")

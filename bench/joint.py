@@ -26,9 +26,8 @@ from nanochat.checkpoint_manager import newest
 from nanochat.common import UserError, run_main
 from nanochat.config import load_config
 from nanochat.dsi.index import SearchIndex
-from nanochat.dsi.training import evaluate_index
+from nanochat.dsi.training import evaluate_index, found_by_bm25
 from nanochat.retrieval.document import read_documents, read_queries, write_jsonl
-from scripts.dsi_train import found_by_bm25
 
 SYSTEMS = {
     "supervised": ["--marginal", 0, "--policy", 0],

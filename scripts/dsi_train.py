@@ -1,7 +1,7 @@
 """Train a search index: a model that answers a query with a document's id.
 
     python -m scripts.dsi_train configs/dsi_tiny.py --documents data/my_documents.jsonl
-    python -m scripts.dsi_train configs/dsi_tiny.py --add data/new_documents.jsonl
+    python -m scripts.dsi_train configs/dsi_tiny.py --documents data/my_documents.jsonl --add data/new_documents.jsonl
     python -m nanochat.retrieval build --documents data/my_documents.jsonl --output data/my_kb --type dsi --index FOLDER
 
 What it learns from are pseudo-queries: words and pieces of each document, and written questions where there are some.
@@ -25,9 +25,15 @@ from nanochat.common import Compute, UserError, compute_cleanup, compute_init, p
 from nanochat.config import format_config, load_config
 from nanochat.dsi.index import SearchIndex
 from nanochat.dsi.model import LMIndex, T5Index
-from nanochat.dsi.queries import PseudoQueries
-from nanochat.dsi.training import Pairs, PseudoQueryBatches, evaluate_index, index_loss, ranking_figures
-from nanochat.retrieval.bm25 import BM25Retriever
+from nanochat.dsi.queries import PseudoQueries, parse_kinds
+from nanochat.dsi.training import (
+    Pairs,
+    PseudoQueryBatches,
+    evaluate_index,
+    found_by_bm25,
+    index_loss,
+    of_documents,
+)
 from nanochat.retrieval.document import Document, read_documents, read_queries
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Phase, TrainConfig, autocast, resolve_dtype, rows_per_step
@@ -80,17 +86,6 @@ class Config(TrainConfig):
     """Optimizer steps."""
 
 
-def parse_kinds(text: str) -> dict[str, float]:
-    kinds = {}
-    for part in filter(None, text.split(",")):
-        kind, _, weight = part.partition(":")
-        try:
-            kinds[kind.strip()] = float(weight or 1)
-        except ValueError:
-            raise UserError(f"--pseudo_queries {text!r}: {part!r} is not KIND:WEIGHT") from None
-    return kinds
-
-
 def new_index(config: Config, documents: Sequence[Document], compute: Compute) -> SearchIndex:
     kind, _, path = config.model.partition(":")
     if kind not in ("t5", "lm"):
@@ -112,13 +107,6 @@ def new_index(config: Config, documents: Sequence[Document], compute: Compute) -
     return index
 
 
-def found_by_bm25(documents: Sequence[Document], queries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    bm25 = BM25Retriever()
-    bm25.add(documents)
-    found = bm25.search([query["query"] for query in queries], 10)
-    return ranking_figures([[document.id for document in one] for one in found], queries)
-
-
 def show(name: str, figures: dict[str, float]) -> None:
     print0(f"{name:24} " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
 
@@ -135,7 +123,7 @@ def main() -> None:
     everything = [*documents, *new]
     val = [query for path in config.val_queries for query in read_queries(path)]
     ids = {document.id for document in everything}
-    val = [query for query in val if ids & set(query["doc_ids"])][: config.num_val]
+    val = of_documents(val, ids)[: config.num_val]
     if config.add:
         tag = find_model_tag("dsi", config.source_tag)
         index = SearchIndex.load(newest(checkpoint_root("dsi", tag)), compute.device)
@@ -168,21 +156,15 @@ def main() -> None:
     evaluate = (lambda: evaluate_index(index, val)) if val else None
     learner = adamw.Learner({"index": (index.model, config.lr)}, index.save, load, "queries")
     adamw.train(learner, [phase], config, compute, run_dir, evaluate, {"documents": len(index)})
-    if config.plan or not compute.is_main:
-        return
-    if val:
+    if val and not config.plan:  # every rank, or one would leave the others waiting
         show("bm25, all documents", found_by_bm25(everything, val))
         show("index, all documents", evaluate_index(index, val))
-    if config.add and val:
+    if val and config.add and not config.plan:
         show("old documents, before", before)
         for name, which in (("old documents, now", known), ("new documents", ids - known)):
             if asked := of_documents(val, which):
                 show(name, evaluate_index(index, asked))
     compute_cleanup()
-
-
-def of_documents(queries: Sequence[dict[str, Any]], ids: set[str]) -> list[dict[str, Any]]:
-    return [query for query in queries if ids & set(query["doc_ids"])]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ weights, 0 leaves one out. The model that answers learns too with --reader_lr. S
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from nanochat.common import UserError, compute_cleanup, compute_init, print0, ru
 from nanochat.config import format_config, load_config
 from nanochat.dsi.index import SearchIndex
 from nanochat.dsi.joint import Asked, JointConfig, Reader, joint_losses
-from nanochat.dsi.queries import PseudoQueries
-from nanochat.dsi.training import PseudoQueryBatches, evaluate_index
+from nanochat.dsi.queries import PseudoQueries, parse_kinds
+from nanochat.dsi.training import PseudoQueryBatches, evaluate_index, found_by_bm25, of_documents
+from nanochat.packing import shuffled
 from nanochat.retrieval.document import read_documents, read_queries
 from nanochat.training import Phase, TrainConfig, autocast, resolve_dtype, rows_per_step
-from scripts.dsi_train import found_by_bm25, parse_kinds, show
+from scripts.dsi_train import show
 
 
 @dataclass(kw_only=True)
@@ -92,9 +92,7 @@ class QuestionBatches:
 
     def _query(self, number: int) -> dict[str, Any]:
         epoch, at = divmod(number, len(self.queries))
-        order = list(range(len(self.queries)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return self.queries[order[at]]
+        return self.queries[shuffled(len(self.queries), self.seed, epoch)[at]]
 
 
 def main() -> None:
@@ -114,7 +112,7 @@ def main() -> None:
     if not queries:
         raise UserError("give --queries FILE with questions that have answers")
     val = [query for path in config.val_queries for query in read_queries(path)]
-    val = [query for query in val if set(query["doc_ids"]) & documents.keys()][: config.num_val]
+    val = of_documents(val, set(documents))[: config.num_val]
     tag = find_model_tag(config.source, config.source_tag)
     lm, tokenizer, about, _ = load_checkpoint(checkpoint_root(config.source, tag), None, compute.device)
     kept = {"training_config": about["training_config"]} if "training_config" in about else {}
@@ -152,7 +150,7 @@ def main() -> None:
     adamw.train(
         learner, [phase], config, compute, run_dir, evaluate, {"index": index_tag, "reader": f"{config.source}/{tag}"}
     )
-    if val and not config.plan and compute.is_main:
+    if val and not config.plan:
         show("bm25", found_by_bm25(known, val))
         show("index, before", before)
         show("index, now", evaluate_index(index, val))

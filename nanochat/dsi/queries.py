@@ -27,6 +27,18 @@ PREFIX_WORDS, SPAN_WORDS, KEYWORDS = 32, (6, 24), (2, 8)
 _WORD = re.compile(r"\w[\w'’-]*")
 
 
+def parse_kinds(text: str) -> dict[str, float]:
+    """Kinds with their weights, from "keywords:2,spans:1"."""
+    kinds = {}
+    for part in filter(None, text.split(",")):
+        kind, _, weight = part.partition(":")
+        try:
+            kinds[kind.strip()] = float(weight or 1)
+        except ValueError:
+            raise UserError(f"pseudo-queries {text!r}: {part!r} is not KIND:WEIGHT") from None
+    return kinds
+
+
 class PseudoQueries:
     """kinds: how often each is drawn, "spans:1,keywords:2"; questions are drawn only for documents that have some."""
 
@@ -64,16 +76,13 @@ class PseudoQueries:
 
     def draw(self, document: int, rng: np.random.Generator) -> str:
         """A text for the document at this place."""
-        kinds = {
-            k: w for k, w in self.kinds.items() if k != "questions" or self.documents[document].id in self.questions
-        }
-        total = sum(kinds.values())
-        if not total:  # questions alone, and none of this document
-            kinds, total = {"keywords" if self._weights else "spans": 1.0}, 1.0
-        kind = str(rng.choice(list(kinds), p=np.array(list(kinds.values())) / total))
+        asked = self.questions.get(self.documents[document].id, [])
+        kinds = {kind: weight for kind, weight in self.kinds.items() if weight and (asked or kind != "questions")}
+        chances = np.array(list(kinds.values()))
+        # spans where there are questions alone, and none of this document
+        kind = str(rng.choice(list(kinds), p=chances / chances.sum())) if kinds else "spans"
         words = self._words[document]
         if kind == "questions":
-            asked = self.questions[self.documents[document].id]
             return asked[int(rng.integers(len(asked)))]
         if not words:
             return self.documents[document].content[:200]

@@ -123,6 +123,8 @@ class DSIRetriever(Retriever):
         folder = directory / FOLDER
         folder.mkdir()
         self._index.save(folder)
+        # safetensors makes its file private; others may read a knowledge base
+        (folder / "index.safetensors").chmod((folder / "index.json").stat().st_mode & 0o777)
 
     def load_beside(self, directory: Path) -> None:
         self._among = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from nanochat.dsi.index import SearchIndex
 from nanochat.dsi.queries import PseudoQueries
+from nanochat.packing import shuffled
+from nanochat.retrieval.bm25 import BM25Retriever
 from nanochat.retrieval.document import Document
 
 
@@ -46,7 +47,6 @@ class PseudoQueryBatches:
         self.queries, self.rows_per_step, self.max_seq_len, self.seed = queries, rows_per_step, max_seq_len, seed
         old = round(rows_per_step * rehearsal) if len(rehearsed) else 0
         self._streams = [(list(documents), rows_per_step - old), (list(rehearsed), old)]
-        self._orders: dict[int, tuple[int, list[int]]] = {}
 
     def get(self, step: int, which: range | None = None) -> Pairs:
         rows = which if which is not None else range(self.rows_per_step)
@@ -59,11 +59,7 @@ class PseudoQueryBatches:
         documents, rows = self._streams[stream]
         number = step * rows + (row - self._streams[0][1] if stream else row)
         epoch, at = divmod(number, len(documents))
-        if self._orders.get(stream, (-1,))[0] != epoch:
-            order = documents.copy()
-            random.Random(f"{self.seed}/{stream}/{epoch}").shuffle(order)
-            self._orders[stream] = epoch, order
-        return self._orders[stream][1][at]
+        return documents[shuffled(len(documents), self.seed + stream, epoch)[at]]
 
 
 def index_loss(index: SearchIndex, batch: Pairs) -> Tensor:
@@ -90,13 +86,26 @@ def evaluate_index(index: SearchIndex, queries: Sequence[dict[str, Any]]) -> dic
     return ranking_figures([[id for id, _ in ranked] for ranked in found], queries)
 
 
+def found_by_bm25(documents: Sequence[Document], queries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The same figures of BM25 over these documents."""
+    bm25 = BM25Retriever()
+    bm25.add(documents)
+    found = bm25.search([query["query"] for query in queries], 10)
+    return ranking_figures([[document.id for document in one] for one in found], queries)
+
+
+def of_documents(queries: Sequence[dict[str, Any]], ids: set[str]) -> list[dict[str, Any]]:
+    """The queries that have a gold document among these."""
+    return [query for query in queries if ids & set(query["doc_ids"])]
+
+
 def learn(
     index: SearchIndex,
     new: Sequence[Document],
     old: Sequence[Document],
     epochs: int,
     rows_per_step: int = 64,
-    lr: float = 2e-3,
+    lr: float = 1e-3,
     sample: int = 200,
 ) -> str:
     """Train new documents in, with as many rows of each step about old ones; what came of it, as a sentence. Old

@@ -18,6 +18,7 @@ from nanochat.kg.linking import Linker
 from nanochat.kg.questions import Question, read_questions
 from nanochat.kg.subgraphs import Batch, Subgraphs, batches, find_subgraphs, make_batch, question_text
 from nanochat.metrics import normalize_answer
+from nanochat.packing import shuffled
 
 
 @dataclass
@@ -83,7 +84,6 @@ class QuestionBatches:
     def __init__(self, asked: Asked, questions: Sequence[int], rows_per_step: int, max_seq_len: int, seed: int):
         self.asked, self.questions = asked, list(questions)
         self.rows_per_step, self.max_seq_len, self.seed = rows_per_step, max_seq_len, seed
-        self._epoch, self._order = -1, []
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -95,10 +95,7 @@ class QuestionBatches:
 
     def _question(self, number: int) -> int:
         epoch, at = divmod(number, len(self.questions))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self.questions.copy()
-            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
-        return self._order[at]
+        return self.questions[shuffled(len(self.questions), self.seed, epoch)[at]]
 
 
 # --- what answers are worth
