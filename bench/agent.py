@@ -3,9 +3,11 @@
     python -m bench.agent --home data/demo --seeds 0,1,2 --json
 
 On the world of runs/demo.sh (its base directory is --home). Its RAG model is taught the facts about some entities
-closed book, each in three wordings, between examples of reading documents; questions about them in another wording are
-the known half. The unknown half are questions about entities that it never saw: some to learn when to search, others to
-be asked. Neither kind was trained on before. Then scripts.agent_train, from there for every seed:
+closed book, each in two wordings, between examples of reading documents; questions about them in a fourth wording are
+the known half, and a third shows when to search what it knows only as it was taught. The unknown half are questions
+about entities that it never saw. When to search is learned from what was taught, from other entities that it never saw,
+and from many more that it read documents about but cannot answer closed book: with few of them it learns them by heart,
+and takes strangers for known. Then scripts.agent_train, from there for every seed:
 
     policy    by example, then by reward at --price
     forced    the same model, made to search for every question
@@ -27,6 +29,7 @@ from typing import Any
 from bench.common import print_figures, run_script, start, table
 from nanochat.common import run_main
 from nanochat.config import load_config
+from nanochat.report import plot_searches
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries, write_jsonl
 from tasks.example_world import relation_of, wordings
@@ -35,6 +38,7 @@ from tasks.rag import RAGTask
 HALVES = ("known", "unknown")
 READING = 1.0  # examples of reading documents for each that is taught closed book
 REPEATS = 6  # of the latter: they are short, and every word of them has to be learned by heart
+READ = 8000  # questions to learn from, at most, about entities that it read documents about
 
 
 @dataclass(kw_only=True)
@@ -79,39 +83,42 @@ def prepare(config: Config, folder: Path, seed: int) -> None:
     queries = config.home / "rag_examples/queries"
     manager = RetrievalManager("bm25", config.home / "rag_examples/knowledge_base")
     rng = random.Random(f"{seed}/agent")
-    fresh = with_searches(read_queries(queries / "val.jsonl"), manager)  # the RAG model was trained on train
+    fresh = with_searches(read_queries(queries / "val.jsonl"), manager)  # the RAG model never saw these
     entities = sorted({query["doc_ids"][0] for query in fresh})
     rng.shuffle(entities)
     known, asked = set(entities[: config.known_entities]), set(entities[-len(entities) // 20 :])
     train: dict[str, list[dict[str, Any]]] = {half: [] for half in HALVES}
-    test, val = [], []
+    taught, test, val = [], [], []
     for query in fresh:
         entity = query["doc_ids"][0]
         if entity in known:
             texts = wordings(query, manager.documents([entity])[0].title)
             rng.shuffle(texts)
-            *taught, held_out = texts
-            train["known"] += [{**query, "id": f"{query['id']}_{n}", "query": text} for n, text in enumerate(taught)]
-            test.append({**query, "query": held_out})
+            said = [{**query, "id": f"{query['id']}_{n}", "query": text} for n, text in enumerate(texts)]
+            taught += said[:-2]
+            train["known"] += said[:-1]
+            test.append(said[-1])
         elif entity in asked:
             val.append(query)
         else:
             train["unknown"].append(query)
-    val = rng.sample(val, min(100, len(val)))
-    write_jsonl(folder / "val.jsonl", val + rng.sample(train["known"], min(len(val), len(train["known"]))))
+    read = read_queries(queries / "train.jsonl")
+    train["unknown"] += with_searches(rng.sample(read, min(READ, len(read))), manager)
     strangers = with_searches(read_queries(queries / "test.jsonl"), manager)
-    count = min(config.questions, len(test), len(strangers))
-    for half, questions in {"known": test, "unknown": strangers}.items():
+    rng.shuffle(test)
+    count, few = min(config.questions, len(test) * 3 // 4, len(strangers)), min(100, len(val), len(test) // 4)
+    write_jsonl(folder / "val.jsonl", rng.sample(val, few) + test[-few:])
+    for half, questions in {"known": test[:count], "unknown": strangers}.items():
         write_jsonl(folder / f"{half}_test.jsonl", rng.sample(questions, count))
         write_jsonl(folder / f"{half}_train.jsonl", train[half])
-    lessons = [(q["query"], q["answers"][0]) for q in train["known"]]
+    lessons = [(q["query"], q["answers"][0]) for q in taught]
     # the bare name and relation helps with other wordings; it is not asked so, since the unknown half is not either
-    lessons += dict.fromkeys((q["hops"][0]["query"], q["answers"][0]) for q in train["known"])
+    lessons += dict.fromkeys((q["hops"][0]["query"], q["answers"][0]) for q in taught)
     talks = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in lessons
     ]
-    reading = rng.sample(read_queries(queries / "train.jsonl"), max(1, round(READING * len(talks))))
+    reading = rng.sample(read, max(1, round(READING * len(talks))))
     task = RAGTask(reading, manager, top_k=2, cite=True, seed=seed)
     write_jsonl(folder / "talks.jsonl", talks * REPEATS + [task[i] for i in range(len(task))])
 
@@ -239,6 +246,8 @@ def main() -> None:
             figures |= {f"searches_at_{price:g}": rows[-1][1], f"em_at_{price:g}": rows[-1][2]}
     if rows:
         print("\n" + table(["price", "searches", "EM"], rows))
+        points = {f"price {price:g}": (searches, em) for price, searches, em in rows}
+        plot_searches(points, (config.output or config.home / "agent") / "searches.png")
     print_figures(figures, config.json)
 
 

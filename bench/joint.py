@@ -54,7 +54,7 @@ class Config:
     """supervised, marginal, policy, joint; separated by commas."""
     num_steps: int = 2000
     """Of the index on pseudo-queries."""
-    joint_steps: int = 400
+    joint_steps: int = 200
     """Of each of the others."""
     threads: int = 2
     """CPU threads."""

@@ -4,11 +4,12 @@ python -m scripts.dsi_train configs/dsi_tiny.py --documents data/rag_examples/do
 """
 
 model = "t5"
-scheme = "semantic"
+scheme = "atomic"
 width = 128
-layers = 2
+layers = 1
 vocab_size = 2048
-lr = 1e-3
+lr = 3e-4
+embed_lr = 0.05
 total_batch_size = 4096
 num_steps = 2000
 warmup_steps = 50

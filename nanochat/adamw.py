@@ -1,8 +1,7 @@
 """The training loop of models that are not this project's own: AdamW, each part at its own rate.
 
 nanochat/training.py trains HybridLM and would have to know too much of others; what is shared is imported from there.
-Learning rates are constant until they fall (--warmdown_frac). D-RAG with a model of transformers and search indexes use
-this.
+D-RAG with a model of transformers and search indexes use this.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from nanochat.checkpoint_manager import commit, list_steps, newest, read_meta
 from nanochat.common import Compute, UserError, print0
 from nanochat.config import config_to_dict
+from nanochat.optim import NamedOptimizers, adamw
 from nanochat.report import write_report
 from nanochat.training import Phase, RunLog, TrainConfig, lr_scale, micro_batches, sum_gradients, sum_over_ranks
 
@@ -27,12 +27,15 @@ from nanochat.training import Phase, RunLog, TrainConfig, lr_scale, micro_batche
 @dataclass
 class Learner:
     """parts: modules by name, each with its learning rate; the first is what phases' losses are given. save(directory)
-    and load(directory): what is learned, but for the optimizer's state. unit: what a row of a batch is."""
+    and load(directory): what is learned, but for the optimizer's state. unit: what a row of a batch is. rates: of
+    single parameters that have their own, by name in the part. optimizers: instead of AdamW."""
 
     parts: dict[str, tuple[nn.Module, float]]
     save: Callable[[Path], None]
     load: Callable[[Path], None]
     unit: str = "questions"
+    rates: dict[str, float] = field(default_factory=dict)
+    optimizers: NamedOptimizers | None = None
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -49,34 +52,26 @@ def train(
     meta: dict,
 ) -> None:
     """Through the phases in order, the loss a mean over a step's rows."""
-    groups, names = [], {}
-    for part, (module, rate) in learner.parts.items():
-        own = {f"{part}.{name}": p for name, p in module.named_parameters() if p.requires_grad}
-        names |= own
-        groups.append({"params": list(own.values()), "rate": rate})
-    optimizer = torch.optim.AdamW(groups, lr=groups[0]["rate"], weight_decay=0.0)
     model = learner.modules[0]
-    total, learned = (sum(p.numel() for p in ps) for ps in (model.parameters(), groups[0]["params"]))
+    parameters = list(model.parameters())
+    total, learned = (sum(p.numel() for p in ps) for ps in (parameters, [p for p in parameters if p.requires_grad]))
     description = f"{total / 1e6:,.2f}M parameters, {learned / 1e6:,.2f}M of them learned"
     print0(f"model: {description}")
     num_steps = sum(phase.steps for phase in phases)
     print0(f"{num_steps} steps of {phases[0].batches.rows_per_step} {learner.unit}")
     if config.plan:
         return
+    optimizers = learner.optimizers or adamw(learner.parts, learner.rates)
     step, elapsed = 0, 0.0
     if config.resume == "auto" and list_steps(run_dir):
-        step, elapsed = _resume(learner, optimizer, names, newest(run_dir))
+        step, elapsed = _resume(learner, optimizers, newest(run_dir))
         print0(f"resuming {run_dir} after step {step}")
     log = RunLog(run_dir, config, step) if compute.is_main else None
 
     def save() -> None:
         def write(directory: Path) -> None:
             learner.save(directory)
-            state = {
-                f"{name}/{key}": value.contiguous()
-                for name, p in names.items()
-                for key, value in optimizer.state.get(p, {}).items()
-            }
+            state = {name: value.contiguous() for name, value in optimizers.state_dict().items()}
             save_file(state, directory / "optimizer.safetensors")
 
         about = {**meta, "training_config": config_to_dict(config), "elapsed_seconds": elapsed}
@@ -102,17 +97,16 @@ def train(
         for module in learner.modules:
             sum_gradients(module, compute)
         sum_over_ranks(loss_sum, compute)
-        norm = nn.utils.clip_grad_norm_(names.values(), config.grad_clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(list(optimizers.names), config.grad_clip or math.inf).item()
         scale = phase.lr * lr_scale(config, step, step / num_steps)
         if not math.isfinite(norm + loss_sum.item()):
             raise UserError(
                 f"step {step} ({phase.name}): loss {loss_sum.item()}, gradient norm {norm}; stopped before the update. "
                 "Lower the learning rate (--init_lr_frac) and go on with --resume auto"
             )
-        for group in optimizer.param_groups:
-            group["lr"] = scale * group["rate"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers.set_lr_scale(scale)
+        optimizers.step()
+        optimizers.zero_grad()
         step += 1
         seconds = time.perf_counter() - began
         elapsed += seconds
@@ -133,13 +127,9 @@ def train(
         print0(f"wrote {run_dir}")
 
 
-def _resume(
-    learner: Learner, optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], directory: Path
-) -> tuple[int, float]:
+def _resume(learner: Learner, optimizers: NamedOptimizers, directory: Path) -> tuple[int, float]:
     meta = read_meta(directory)
     learner.load(directory)
-    for key, value in load_file(directory / "optimizer.safetensors").items():
-        name, _, field = key.rpartition("/")
-        optimizer.state[names[name]][field] = value if field == "step" else value.to(names[name].device)
+    optimizers.load_state_dict(load_file(directory / "optimizer.safetensors"))
     torch.set_rng_state(torch.tensor(meta["rng"], dtype=torch.uint8))
     return meta["step"], meta["elapsed_seconds"]

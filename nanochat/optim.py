@@ -6,7 +6,7 @@ and columns are features; embeddings, the output layer, norms, convolutions and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -69,49 +69,12 @@ class Muon(torch.optim.Muon):
                     params[i].add_(step, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-class Optimizers:
-    """Muon and AdamW behind one step(). Learning rates are scaled together by `set_lr_scale`."""
+class NamedOptimizers:
+    """Several behind one step(), with their state by parameters' names. Learning rates are scaled together by
+    `set_lr_scale`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        matrix_lr: float = 0.02,
-        embed_lr: float = 0.02,
-        head_lr: float = 0.004,
-        scalar_lr: float = 0.005,
-        weight_decay: float = 0.0,
-        beside: nn.Module | None = None,
-        beside_lr: float = 0.0,
-    ):
-        """beside: what is trained along with the model, by AdamW."""
-        kinds = ("matrix", "embed", "head", "scalar", "value", "beside")
-        groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in kinds}
-        for name, p in model.named_parameters():
-            if not p.requires_grad:
-                continue
-            if name.startswith("embed."):
-                kind = "embed"
-            elif name.startswith("lm_head."):
-                kind = "head"
-            elif name.startswith("value_head."):
-                kind = "value"
-            else:
-                kind = "matrix" if p.ndim == 2 and name.endswith("proj.weight") else "scalar"
-            groups[kind].append((name, p))
-        if beside is not None:
-            groups["beside"] = [(f"beside.{name}", p) for name, p in beside.named_parameters() if p.requires_grad]
-        width_scale = (model.config.d_model / 768) ** -0.5  # AdamW's rates were tuned at width 768 (nanochat)
-        rates = {"embed": embed_lr * width_scale, "head": head_lr * width_scale, "scalar": scalar_lr}
-        rates["value"] = matrix_lr  # a critic begins at nothing while all else is trained
-        rates["beside"] = beside_lr
-        adam = [{"params": [p for _, p in groups[k]], "lr": rates[k]} for k in rates if groups[k]]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-        ]
-        if groups["matrix"]:
-            matrices = [p for _, p in groups["matrix"]]
-            self.parts.append(Muon(matrices, lr=matrix_lr, momentum=0.95, nesterov=True, weight_decay=weight_decay))
-        self.names = {p: name for members in groups.values() for name, p in members}
+    def __init__(self, parts: list[torch.optim.Optimizer], names: dict[nn.Parameter, str]):
+        self.parts, self.names = parts, names
         for part in self.parts:
             for group in part.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -151,3 +114,61 @@ class Optimizers:
                     for field, value in by_name.get(self.names[p], {}).items():
                         # AdamW counts its steps in a CPU-or-device scalar; the moments live with their parameter
                         part.state[p][field] = value.to(p.device)
+
+
+class Optimizers(NamedOptimizers):
+    """Of a HybridLM: Muon and AdamW."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        matrix_lr: float = 0.02,
+        embed_lr: float = 0.02,
+        head_lr: float = 0.004,
+        scalar_lr: float = 0.005,
+        weight_decay: float = 0.0,
+        beside: nn.Module | None = None,
+        beside_lr: float = 0.0,
+    ):
+        """beside: what is trained along with the model, by AdamW."""
+        kinds = ("matrix", "embed", "head", "scalar", "value", "beside")
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in kinds}
+        for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
+            if name.startswith("embed."):
+                kind = "embed"
+            elif name.startswith("lm_head."):
+                kind = "head"
+            elif name.startswith("value_head."):
+                kind = "value"
+            else:
+                kind = "matrix" if p.ndim == 2 and name.endswith("proj.weight") else "scalar"
+            groups[kind].append((name, p))
+        if beside is not None:
+            groups["beside"] = [(f"beside.{name}", p) for name, p in beside.named_parameters() if p.requires_grad]
+        width_scale = (model.config.d_model / 768) ** -0.5  # AdamW's rates were tuned at width 768 (nanochat)
+        rates = {"embed": embed_lr * width_scale, "head": head_lr * width_scale, "scalar": scalar_lr}
+        rates["value"] = matrix_lr  # a critic begins at nothing while all else is trained
+        rates["beside"] = beside_lr
+        adam = [{"params": [p for _, p in groups[k]], "lr": rates[k]} for k in rates if groups[k]]
+        parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        ]
+        if groups["matrix"]:
+            matrices = [p for _, p in groups["matrix"]]
+            parts.append(Muon(matrices, lr=matrix_lr, momentum=0.95, nesterov=True, weight_decay=weight_decay))
+        super().__init__(parts, {p: name for members in groups.values() for name, p in members})
+
+
+def adamw(parts: Mapping[str, tuple[nn.Module, float]], rates: Mapping[str, float]) -> NamedOptimizers:
+    """AdamW for modules, by name, each with its learning rate; rates: of single parameters, by name in their module."""
+    names: dict[nn.Parameter, str] = {}
+    of_rate: dict[float, list[nn.Parameter]] = {}
+    for part, (module, rate) in parts.items():
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                names[p] = f"{part}.{name}"
+                of_rate.setdefault(rates.get(name, rate), []).append(p)
+    groups = [{"params": ps, "lr": rate} for rate, ps in of_rate.items()]
+    return NamedOptimizers([torch.optim.AdamW(groups, weight_decay=0.0)], names)

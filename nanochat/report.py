@@ -104,3 +104,21 @@ def plot_curves(rows: list[dict], names: list[str], path: Path, title: str) -> N
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_searches(points: dict[str, tuple[float, float]], path: Path, label: str = "EM") -> None:
+    """How good answers are against what they cost: of each system its searches a question and its score."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    axes.plot(*zip(*sorted(points.values()), strict=True), marker="o", markersize=5, linewidth=1.2)
+    for name, point in points.items():
+        axes.annotate(name, point, textcoords="offset points", xytext=(6, -10), fontsize=8)
+    axes.set(xlabel="searches per question", ylabel=label)
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

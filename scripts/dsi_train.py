@@ -34,6 +34,7 @@ from nanochat.dsi.training import (
     index_loss,
     of_documents,
 )
+from nanochat.optim import Optimizers
 from nanochat.retrieval.document import Document, read_documents, read_queries
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Phase, TrainConfig, autocast, resolve_dtype, rows_per_step
@@ -74,8 +75,15 @@ class Config(TrainConfig):
     """Tokens of text of a new model; their tokenizer is trained on the documents."""
     pseudo_queries: str = "keywords:2,spans:1,questions:2"
     """Kinds with their weights: prefix, spans, keywords, questions."""
-    lr: float = 2e-3
-    """AdamW's learning rate."""
+    lr: float = 3e-4
+    """t5: AdamW's learning rate."""
+    embed_lr: float = 0.05
+    """The same of the tables of tokens' vectors, which are about 1 where they are new: a rate that suits the other
+    weights hardly moves them. With t5:PATH start from --lr's."""
+    matrix_lr: float = 0.003
+    """lm: Muon's; lm's other rates are embed_lr, head_lr and scalar_lr."""
+    head_lr: float = 0.02
+    """lm: of the output layer."""
     max_seq_len: int = 64
     """Tokens of a query, at most."""
     device_batch_size: int = 64
@@ -155,6 +163,11 @@ def main() -> None:
 
     evaluate = (lambda: evaluate_index(index, val)) if val else None
     learner = adamw.Learner({"index": (index.model, config.lr)}, index.save, load, "queries")
+    if isinstance(index.model, LMIndex):
+        rates = (config.matrix_lr, config.embed_lr, config.head_lr, config.scalar_lr, config.weight_decay)
+        learner.optimizers = Optimizers(index.model.lm, *rates)
+    else:
+        learner.rates = dict.fromkeys(index.model.tables, config.embed_lr)
     adamw.train(learner, [phase], config, compute, run_dir, evaluate, {"documents": len(index)})
     if val and not config.plan:  # every rank, or one would leave the others waiting
         show("bm25, all documents", found_by_bm25(everything, val))

@@ -60,8 +60,10 @@ class Config(TrainConfig):
     """Weight of the index's own loss, on pseudo-queries."""
     pseudo_queries: str = "keywords:2,spans:1"
     """anchor: kinds with their weights."""
-    lr: float = 5e-4
+    lr: float = 1e-4
     """AdamW's learning rate of the index."""
+    embed_lr: float = 0.01
+    """The same of its tables of tokens' vectors (scripts/dsi_train.py)."""
     reader_lr: float = 0.0
     """AdamW's learning rate of the model that answers; 0: it stays as it is."""
     max_doc_length: int = 200
@@ -146,7 +148,7 @@ def main() -> None:
     parts = {"index": (index.model, config.lr)} | ({"reader": (lm, config.reader_lr)} if config.reader_lr else {})
     evaluate = (lambda: evaluate_index(index, val)) if val else None
     before = evaluate_index(index, val) if val and not config.plan else {}
-    learner = adamw.Learner(parts, save, load)
+    learner = adamw.Learner(parts, save, load, rates=dict.fromkeys(index.model.tables, config.embed_lr))
     adamw.train(
         learner, [phase], config, compute, run_dir, evaluate, {"index": index_tag, "reader": f"{config.source}/{tag}"}
     )

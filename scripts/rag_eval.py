@@ -35,6 +35,7 @@ from nanochat.kg.graph import Graph
 from nanochat.kg.linking import Linker
 from nanochat.kg.questions import Question
 from nanochat.metrics import citation_scores, exact_match, f1, recall_at_k, split_citations
+from nanochat.report import plot_searches
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries, write_jsonl
 from nanochat.searching import Searching
@@ -70,7 +71,7 @@ class Config:
     """closed: no documents; rag: the retrieved ones; gold: the gold ones only; refrag: the model searches; agent: it
     does where it decides to, and how good its decisions are; dsi: as rag, with what the newest search index finds;
     joint: with an index that learned from answers, and its model; drag: facts of a graph. Separated by commas; with
-    another checkpoint's source after a colon, refrag:refrag_rl."""
+    another checkpoint's source after a colon, refrag:refrag_rl, and its tag where it has another, agent:agent/cheap."""
     top_k_per_hop: int | None = None
     """refrag, agent: documents shown after a search; by default what the model was trained with."""
     max_hops: int | None = None
@@ -92,7 +93,8 @@ class Config:
     dtype: str = "auto"
     """auto, float32 or bfloat16."""
     output: Path | None = None
-    """Directory for results.json, table.md and the predictions; by default beside the queries, eval/<source>-<tag>."""
+    """Directory for results.json, table.md, the predictions and, of systems that search by themselves, a plot of EM
+    against searches; by default beside the queries, eval/<source>-<tag>."""
     json: bool = False
     """Print the figures as one JSON object in the last line."""
 
@@ -297,7 +299,8 @@ def main() -> None:
                 model, tokenizer, meta, _ = load_checkpoint(folder / "reader", None, compute.device)
                 model.eval()
             else:
-                model, tokenizer, meta = load_model(source, compute.device, "eval", config.model_tag)
+                of, _, tag = source.partition("/")
+                model, tokenizer, meta = load_model(of, compute.device, "eval", tag or config.model_tag)
             engines[source] = Engine(model, tokenizer), meta
             checkpoints[source] = meta["directory"]
         engine, meta = engines[source]
@@ -327,7 +330,8 @@ def main() -> None:
         results[system] = scores
         print0(f"{system}: EM {scores['em']:.3f}, F1 {scores['f1']:.3f}")
     tag = Path(meta["directory"]).parent.name
-    output = config.output or config.queries[0].parent / "eval" / f"{'-'.join(checkpoints)}-{tag}"
+    name = "-".join(checkpoints).replace("/", "_")
+    output = config.output or config.queries[0].parent / "eval" / f"{name}-{tag}"
     table = format_table(results, len(queries), config.top_k, manager.retriever_type if manager else "")
     print0("\n" + table)
     figures = {
@@ -346,7 +350,11 @@ def main() -> None:
             for i, q in enumerate(queries)
         ),
     )
-    print0(f"\nwrote {output}/results.json, table.md and predictions.jsonl")
+    points = {system: (found["searches"], found["em"]) for system, found in results.items() if "searches" in found}
+    if len(points) > 1:
+        plot_searches(points, output / "searches.png")
+    plotted = ", searches.png" * (len(points) > 1)
+    print0(f"\nwrote {output}/results.json, table.md{plotted} and predictions.jsonl")
     if config.json:
         print0(json.dumps({"figures": figures}))
 

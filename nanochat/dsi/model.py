@@ -29,6 +29,7 @@ class T5Index(nn.Module):
     """Of an encoder-decoder; ids come out of its decoder."""
 
     kind = "t5"
+    tables = ("t5.shared.weight", "t5.lm_head.weight")  # a vector of each token
 
     def __init__(self, t5: Any):
         super().__init__()
@@ -128,6 +129,7 @@ class LMIndex(nn.Module):
     """Of this project's own model: the query is a user's message, the id what the assistant says to it."""
 
     kind = "lm"
+    tables = ("lm.embed.weight", "lm.lm_head.weight")
 
     def __init__(self, lm: HybridLM):
         super().__init__()

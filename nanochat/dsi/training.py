@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanochat.dsi.index import SearchIndex
 from nanochat.dsi.queries import PseudoQueries
+from nanochat.optim import adamw
 from nanochat.packing import shuffled
 from nanochat.retrieval.bm25 import BM25Retriever
 from nanochat.retrieval.document import Document
@@ -105,7 +106,8 @@ def learn(
     old: Sequence[Document],
     epochs: int,
     rows_per_step: int = 64,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
+    embed_lr: float = 0.02,
     sample: int = 200,
 ) -> str:
     """Train new documents in, with as many rows of each step about old ones; what came of it, as a sentence. Old
@@ -123,16 +125,15 @@ def learn(
     before = evaluate_index(index, of_old)["hits1"] if of_old else 0.0
     fresh = rows_per_step - (round(rows_per_step * 0.5) if old else 0)
     steps = max(1, epochs * len(new) // fresh)
-    optimizer = torch.optim.AdamW(index.model.parameters(), lr=lr, weight_decay=0.0)
+    optimizers = adamw({"index": (index.model, lr)}, dict.fromkeys(index.model.tables, embed_lr))
     index.model.train()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+        optimizers.set_lr_scale(min(1.0, 2 * (1 - step / steps)))
         loss = index_loss(index, batches.get(step)) / rows_per_step
-        optimizer.zero_grad()
+        optimizers.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(index.model.parameters(), 1.0)
-        optimizer.step()
+        optimizers.step()
     index.model.eval()
     said = f"learned {len(new):,} new documents in {steps:,} steps: Hits@1 {evaluate_index(index, of_new)['hits1']:.3f}"
     if of_old:

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from nanochat import optim
-from nanochat.optim import Muon, Optimizers
+from nanochat.optim import Muon, Optimizers, adamw
 
 MUON_ENDS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_proj", "gate_proj", "down_proj")
 
@@ -132,3 +133,22 @@ def test_muon_moves_every_matrix_as_torchs_does(weight_decay, monkeypatch):
     for ours, theirs in zip(moved(Muon), moved(torch.optim.Muon), strict=True):
         # equal to the last bit here; elsewhere a sum in another order may round to the next bfloat16
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_adamw_moves_single_parameters_at_their_own_rate():
+    parts = {"one": (nn.Linear(2, 2), 1e-3), "two": (nn.Linear(2, 1), 1e-2)}
+    parts["two"][0].bias.requires_grad_(False)
+    optimizers = adamw(parts, {"bias": 0.1})
+    assert sorted(optimizers.names.values()) == ["one.bias", "one.weight", "two.weight"]
+    before = {name: p.detach().clone() for p, name in optimizers.names.items()}
+    for p in optimizers.names:
+        p.grad = torch.ones_like(p)
+    optimizers.set_lr_scale(0.5)
+    optimizers.step()  # AdamW's first step is its rate
+    moved = {name: (before[name] - p).abs().max().item() for p, name in optimizers.names.items()}
+    assert moved == pytest.approx({"one.bias": 0.05, "one.weight": 5e-4, "two.weight": 5e-3}, rel=1e-3)
+    resumed = adamw(parts, {"bias": 0.1})
+    resumed.load_state_dict(optimizers.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(o.state_dict().values() for o in (optimizers, resumed)), strict=True)
+    )

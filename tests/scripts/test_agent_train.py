@@ -118,11 +118,12 @@ def test_example_then_reward_by_ppo_then_grpo(home, monkeypatch):
     model, _, meta = load_model("agent", model_tag="tiny")
     assert model.value_head is None and meta["start"]["source"] == "rag"
     assert len(metrics(home, "agent_sft", "tiny")) == 40  # untouched
-    figures, table = evaluate(home, "agent:agent_sft,agent")
-    assert {"agent:agent_sft_em", "agent_em", "agent_searches", "agent_search_rate"} <= set(figures)
+    figures, table = evaluate(home, "agent:agent_sft/tiny,agent")
+    assert {"agent:agent_sft/tiny_em", "agent_em", "agent_searches", "agent_search_rate"} <= set(figures)
     assert {"agent_search_precision", "agent_search_recall", "agent_needless_searches"} <= set(figures)
     assert "deciding to search" in table and "| search P / R | needless |" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert (home / "eval/searches.png").stat().st_size > 5000
     always, _ = evaluate(home, "agent:agent_sft", "--min_hops", 1)
     assert always["agent:agent_sft_search_rate"] > 0.6  # all that it brings to an end
     never, _ = evaluate(home, "agent:agent_sft", "--max_hops", 0)
