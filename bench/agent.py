@@ -3,11 +3,11 @@
     python -m bench.agent --home data/demo --seeds 0,1,2 --json
 
 On the world of runs/demo.sh (its base directory is --home). Its RAG model is taught the facts about some entities
-closed book, each in two wordings, between examples of reading documents; questions about them in a fourth wording are
-the known half, and a third shows when to search what it knows only as it was taught. The unknown half are questions
-about entities that it never saw. When to search is learned from what was taught, from other entities that it never saw,
-and from many more that it read documents about but cannot answer closed book: with few of them it learns them by heart,
-and takes strangers for known. Then scripts.agent_train, from there for every seed:
+closed book, each in three wordings, between examples of reading documents. The known half are questions about them in a
+wording that was not taught which it then answers closed book; the unknown half are questions about entities that it
+never saw which it does not. When to search is learned from what was taught, from other entities that it never saw, and
+from many more that it read documents about but cannot answer closed book: with few of them it learns them by heart, and
+takes strangers for known. Then scripts.agent_train, from there for every seed:
 
     policy    by example, then by reward at --price
     forced    the same model, made to search for every question
@@ -29,6 +29,7 @@ from typing import Any
 from bench.common import print_figures, run_script, start, table
 from nanochat.common import run_main
 from nanochat.config import load_config
+from nanochat.metrics import exact_match
 from nanochat.report import plot_searches
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries, write_jsonl
@@ -61,10 +62,12 @@ class Config:
     """Steps by example; -1: as in configs/agent_tiny.py."""
     rl_steps: int = -1
     """Steps by reward; -1: as in configs/agent_tiny.py."""
-    algorithm: str = "ppo"
-    """ppo or grpo."""
+    algorithm: str = "grpo"
+    """ppo or grpo, for policy."""
     price: float = 0.1
     """Of a search, for policy."""
+    curve_algorithm: str = "ppo"
+    """ppo or grpo, for the curve."""
     prices: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.6, 1.2])
     """Of the curve; empty: none."""
     curve_seeds: list[int] = field(default_factory=lambda: [0])
@@ -88,16 +91,15 @@ def prepare(config: Config, folder: Path, seed: int) -> None:
     rng.shuffle(entities)
     known, asked = set(entities[: config.known_entities]), set(entities[-len(entities) // 20 :])
     train: dict[str, list[dict[str, Any]]] = {half: [] for half in HALVES}
-    taught, test, val = [], [], []
+    test, val = [], []
     for query in fresh:
         entity = query["doc_ids"][0]
         if entity in known:
             texts = wordings(query, manager.documents([entity])[0].title)
             rng.shuffle(texts)
-            said = [{**query, "id": f"{query['id']}_{n}", "query": text} for n, text in enumerate(texts)]
-            taught += said[:-2]
-            train["known"] += said[:-1]
-            test.append(said[-1])
+            *taught, held_out = texts
+            train["known"] += [{**query, "id": f"{query['id']}_{n}", "query": text} for n, text in enumerate(taught)]
+            test.append({**query, "query": held_out})
         elif entity in asked:
             val.append(query)
         else:
@@ -106,14 +108,15 @@ def prepare(config: Config, folder: Path, seed: int) -> None:
     train["unknown"] += with_searches(rng.sample(read, min(READ, len(read))), manager)
     strangers = with_searches(read_queries(queries / "test.jsonl"), manager)
     rng.shuffle(test)
-    count, few = min(config.questions, len(test) * 3 // 4, len(strangers)), min(100, len(val), len(test) // 4)
-    write_jsonl(folder / "val.jsonl", rng.sample(val, few) + test[-few:])
-    for half, questions in {"known": test[:count], "unknown": strangers}.items():
-        write_jsonl(folder / f"{half}_test.jsonl", rng.sample(questions, count))
+    few = min(100, len(val), len(test) // 4)
+    write_jsonl(folder / "val.jsonl", rng.sample(val, few) + test[:few])
+    asked_of = {"known": test[few:], "unknown": rng.sample(strangers, min(len(test), len(strangers)))}
+    for half in HALVES:
+        write_jsonl(folder / f"{half}_asked.jsonl", asked_of[half])
         write_jsonl(folder / f"{half}_train.jsonl", train[half])
-    lessons = [(q["query"], q["answers"][0]) for q in taught]
+    lessons = [(q["query"], q["answers"][0]) for q in train["known"]]
     # the bare name and relation helps with other wordings; it is not asked so, since the unknown half is not either
-    lessons += dict.fromkeys((q["hops"][0]["query"], q["answers"][0]) for q in taught)
+    lessons += dict.fromkeys((q["hops"][0]["query"], q["answers"][0]) for q in train["known"])
     talks = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in lessons
@@ -121,6 +124,22 @@ def prepare(config: Config, folder: Path, seed: int) -> None:
     reading = rng.sample(read, max(1, round(READING * len(talks))))
     task = RAGTask(reading, manager, top_k=2, cite=True, seed=seed)
     write_jsonl(folder / "talks.jsonl", talks * REPEATS + [task[i] for i in range(len(task))])
+
+
+def select(config: Config, folder: Path) -> None:
+    """The test questions: those of each half that the taught model answers closed book, and those that it does not."""
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for half in HALVES:
+        asked = folder / f"data/{half}_asked.jsonl"
+        evaluate(config, folder / "taught", folder / f"taught/{half}", "closed", [asked])
+        lines = (folder / f"taught/{half}/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        said = {one["query"]: one["closed"] for one in map(json.loads, lines)}
+        right = [exact_match(said[query["query"]], query["answers"]) > 0 for query in read_queries(asked)]
+        print(f"{half}: {sum(right)} of {len(right)} questions answered closed book", flush=True)
+        kept[half] = [q for q, r in zip(read_queries(asked), right, strict=True) if r == (half == "known")]
+    count = min(config.questions, *map(len, kept.values()))
+    for half, questions in kept.items():
+        write_jsonl(folder / f"data/{half}_test.jsonl", questions[:count])
 
 
 def with_searches(queries: list[dict[str, Any]], manager: RetrievalManager) -> list[dict[str, Any]]:
@@ -160,9 +179,11 @@ def train(config: Config, folder: Path, seed: int, prices: list[float]) -> None:
         lesson = ["configs/demo_sft.py", "--source", "rag", "--conversations", data / "talks.jsonl", "--seed", seed]
         lesson += ["--num_steps", config.teach_steps, "--warmdown_frac", 0.3, "--eval_every", 0]
         run_stage(folder / "taught", "scripts.chat_sft", *lesson)
-    # known ones as often as others
+    if not (data / "known_test.jsonl").exists():
+        select(config, folder)
+    # known ones half as often as others: what is known is soon right, and reading takes longer
     counts = {half: len(read_queries(data / f"{half}_train.jsonl")) for half in HALVES}
-    files = [data / "known_train.jsonl"] * max(1, round(counts["unknown"] / counts["known"]))
+    files = [data / "known_train.jsonl"] * max(1, round(counts["unknown"] / counts["known"] / 2))
     shape = ["configs/agent_tiny.py", "--knowledge_base", config.home / "rag_examples/knowledge_base", "--seed", seed]
     shape += ["--queries", ",".join(map(str, [*files, data / "unknown_train.jsonl"]))]
     shape += ["--val_queries", data / "val.jsonl"]
@@ -172,33 +193,38 @@ def train(config: Config, folder: Path, seed: int, prices: list[float]) -> None:
     for name, module in {"example": "scripts.agent_train", "always": "scripts.refrag_finetune"}.items():
         if stage(folder / name, taught):
             run_stage(folder / name, module, *shape, "--source", "mid", "--use_rewards", "false")
-    rewarded = ["--source", "agent_sft", "--algorithm", config.algorithm]
+    rewarded = ["--source", "agent_sft"]
     if config.rl_steps > 0:
         rewarded += ["--rl_steps", config.rl_steps]
-    for price in prices:
-        base = folder / f"price_{price:g}"
-        if stage(base, taught, folder / "example/checkpoints/agent_sft"):
-            run_stage(base, "scripts.agent_train", *shape, *rewarded, "--retrieval_price", price)
+    runs = {"policy": (config.algorithm, config.price)}
+    runs |= {f"price_{price:g}": (config.curve_algorithm, price) for price in prices}
+    for name, (algorithm, price) in runs.items():
+        if stage(folder / name, taught, folder / "example/checkpoints/agent_sft"):
+            settings = [*rewarded, "--algorithm", algorithm, "--retrieval_price", price]
+            run_stage(folder / name, "scripts.agent_train", *shape, *settings)
 
 
 # --- what came of it
 
 
+def evaluate(config: Config, base: Path, output: Path, system: str, questions: list[Path], *more: object) -> dict:
+    if not (output / "results.json").exists():
+        arguments = ["--knowledge_base", config.home / "rag_examples/knowledge_base", "--systems", system]
+        arguments += ["--queries", ",".join(map(str, questions)), "--source", "mid", "--output", output, *more]
+        run_script(base, "scripts.rag_eval", *arguments)
+    return json.loads((output / "results.json").read_text())["figures"]
+
+
 def answer(config: Config, folder: Path, name: str, system: str, questions: str, *more: object) -> dict[str, float]:
     """Figures of the system in folder/name on the known questions, the unknown ones or both."""
     output = folder / name / "_".join(["eval", questions, system.replace(":", "_"), *map(str, more)])
-    if not (output / "results.json").exists():
-        halves = HALVES if questions == "both" else [questions]
-        files = ",".join(str(folder / f"data/{half}_test.jsonl") for half in halves)
-        arguments = ["--knowledge_base", config.home / "rag_examples/knowledge_base", "--queries", files]
-        arguments += ["--systems", system, "--source", "mid", "--output", output, *more]
-        run_script(folder / name, "scripts.rag_eval", *arguments)
-    found = json.loads((output / "results.json").read_text())["figures"]
+    files = [folder / f"data/{half}_test.jsonl" for half in (HALVES if questions == "both" else [questions])]
+    found = evaluate(config, folder / name, output, system, files, *more)
     return {key.removeprefix(f"{system}_"): value for key, value in found.items()}
 
 
 def measure(config: Config, folder: Path) -> dict[str, float]:
-    kept = f"price_{config.price:g}"
+    kept = "policy"
     policy = answer(config, folder, kept, "agent", "both")
     example = answer(config, folder, "example", "agent:agent_sft", "both")
     rates = {
@@ -228,7 +254,7 @@ def main() -> None:
     curve: dict[float, list[dict[str, float]]] = {price: [] for price in config.prices}
     for seed, folder in folders.items():
         prices = config.prices if seed in config.curve_seeds else []
-        train(config, folder, seed, list(dict.fromkeys([config.price, *prices])))
+        train(config, folder, seed, prices)
         found.append(measure(config, folder))
         print(f"seed {seed}: {found[-1]}", flush=True)
         for price in prices:

@@ -52,7 +52,7 @@ class Config:
     """Seeds of training."""
     systems: list[str] = field(default_factory=lambda: list(SYSTEMS))
     """supervised, marginal, policy, joint; separated by commas."""
-    num_steps: int = 2000
+    num_steps: int = 1200
     """Of the index on pseudo-queries."""
     joint_steps: int = 200
     """Of each of the others."""

@@ -5,15 +5,15 @@ python -m scripts.dsi_train configs/dsi_tiny.py --documents data/rag_examples/do
 
 model = "t5"
 scheme = "atomic"
-width = 128
+width = 256
 layers = 1
-vocab_size = 2048
+vocab_size = 8192
 lr = 3e-4
 embed_lr = 0.05
 total_batch_size = 4096
-num_steps = 2000
+num_steps = 1200
 warmup_steps = 50
 warmdown_frac = 0.5
 eval_every = 500
-save_every = 1000
+save_every = 1200
 log_every = 50

@@ -65,16 +65,18 @@ class Config(TrainConfig):
     """What documents are called: a token each, their number, their place in a tree of clusters, their title."""
     branches: int = 10
     """semantic: of the tree, and documents of a leaf."""
-    width: int = 128
+    width: int = 256
     """Of a new model."""
-    layers: int = 2
+    layers: int = 1
     """Of a new T5's encoder, and of its decoder."""
     block_pattern: str = "MTMT"
     """Of a new lm."""
-    vocab_size: int = 2048
+    vocab_size: int = 8192
     """Tokens of text of a new model; their tokenizer is trained on the documents."""
     pseudo_queries: str = "keywords:2,spans:1,questions:2"
     """Kinds with their weights: prefix, spans, keywords, questions."""
+    noise: int = 8
+    """Words from anywhere among keywords and spans, at most."""
     lr: float = 3e-4
     """t5: AdamW's learning rate."""
     embed_lr: float = 0.05
@@ -142,7 +144,7 @@ def main() -> None:
         index = new_index(config, documents, compute)
         tag = config.model_tag or f"{config.model.split(':')[0]}_{config.scheme}"
     questions = [query for path in config.queries for query in read_queries(path)]
-    pseudo = PseudoQueries(everything, parse_kinds(config.pseudo_queries), questions)
+    pseudo = PseudoQueries(everything, parse_kinds(config.pseudo_queries), questions, config.noise)
     rows = rows_per_step(config, compute.world_size)
     at = range(len(everything))
     learned, rehearsed = (list(at[len(documents) :]), list(at[: len(documents)])) if config.add else (list(at), [])

@@ -23,7 +23,8 @@ from nanochat.retrieval.analysis import Analyzer
 from nanochat.retrieval.document import Document
 
 KINDS = ("prefix", "spans", "keywords", "questions")
-PREFIX_WORDS, SPAN_WORDS, KEYWORDS = 32, (6, 24), (2, 8)
+PREFIX_WORDS, SPAN_WORDS, KEYWORDS = 32, (6, 24), (2, 12)
+NOISE_SHARE = 0.7  # of keywords and spans
 _WORD = re.compile(r"\w[\w'’-]*")
 
 
@@ -40,21 +41,28 @@ def parse_kinds(text: str) -> dict[str, float]:
 
 
 class PseudoQueries:
-    """kinds: how often each is drawn, "spans:1,keywords:2"; questions are drawn only for documents that have some."""
+    """kinds: how often each is drawn, "spans:1,keywords:2"; questions are drawn only for documents that have some.
+    noise: words from anywhere in the documents, at most so many, among most keywords and spans: questions have words
+    that their document lacks, and an index has to learn to look past them."""
 
     def __init__(
-        self, documents: Sequence[Document], kinds: dict[str, float], questions: Sequence[dict[str, Any]] = ()
+        self,
+        documents: Sequence[Document],
+        kinds: dict[str, float],
+        questions: Sequence[dict[str, Any]] = (),
+        noise: int = 8,
     ):
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise UserError(f"no kind of pseudo-query {unknown[0]!r}; use {', '.join(KINDS)}")
         if not kinds or min(kinds.values()) < 0 or not sum(kinds.values()):
             raise UserError("pseudo-queries need kinds with weights, like keywords:2,spans:1")
-        self.documents, self.kinds = list(documents), kinds
+        self.documents, self.kinds, self.noise = list(documents), kinds, noise
         self.questions: dict[str, list[str]] = {}
         for query in questions:
             for id in query["doc_ids"][:1]:
                 self.questions.setdefault(id, []).append(query["query"])
         self._words = [_WORD.findall(f"{document.title} {document.content}") for document in documents]
+        self._all = [word for words in self._words for word in words]
         self._weights = self._rarity() if "keywords" in kinds else []
 
     def _rarity(self) -> list[np.ndarray]:
@@ -91,7 +99,12 @@ class PseudoQueries:
         if kind == "spans":
             length = int(rng.integers(*SPAN_WORDS))
             start = int(rng.integers(max(1, len(words) - length + 1)))
-            return " ".join(words[start : start + length])
-        weight = self._weights[document]
-        count = min(int(rng.integers(*KEYWORDS)), int((weight > 0).sum()))
-        return " ".join(words[at] for at in sorted(rng.choice(len(words), count, replace=False, p=weight)))
+            chosen = words[start : start + length]
+        else:
+            weight = self._weights[document]
+            count = min(int(rng.integers(*KEYWORDS)), int((weight > 0).sum()))
+            chosen = [words[at] for at in sorted(rng.choice(len(words), count, replace=False, p=weight))]
+        if rng.random() < NOISE_SHARE:
+            for _ in range(int(rng.integers(self.noise + 1))):
+                chosen.insert(int(rng.integers(len(chosen) + 1)), self._all[int(rng.integers(len(self._all)))])
+        return " ".join(chosen)
