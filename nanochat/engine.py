@@ -189,6 +189,7 @@ class Batch:
         requests draw different ones part, and the parts have the same place."""
         rows = [row for _, row in places]
         for at, row in enumerate(rows):
+            row[0].decide(logits[at])
             if row[0].forbidden:
                 logits[at, row[0].forbidden] = -torch.inf
             if (token := row[0].required) is not None:

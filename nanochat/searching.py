@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from nanochat.common import UserError
 from nanochat.conversation import answer_text, block_documents, count_documents, render_block
 from nanochat.retrieval.document import Document
@@ -42,6 +45,9 @@ class Searching:
     """Tokens of prompt and answer together: documents that would go beyond are left out."""
     min_hops: int = 0
     """Searches before anything else may be written."""
+    threshold: float | None = None
+    """Before anything is written, and behind a search: search where the model gives it at least this probability, else
+    write. None: as the model's tokens are drawn."""
 
     def __post_init__(self) -> None:
         for name in ("top_k_per_hop", "max_doc_tokens"):
@@ -51,6 +57,8 @@ class Searching:
             raise UserError(f"max_hops is {self.max_hops}; it must be 0 or more")
         if not 0 <= self.min_hops <= self.max_hops:
             raise UserError(f"min_hops is {self.min_hops}; it must be from 0 to max_hops {self.max_hops}")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UserError(f"the threshold of a search is {self.threshold}; it must be from 0 to 1")
 
 
 @dataclass
@@ -144,6 +152,18 @@ class Request:
         searching = self.searching
         due = searching is not None and len(self.hops) < searching.min_hops and self._opened is None
         return self._start if due else None
+
+    def decide(self, logits: Tensor) -> None:
+        """By the threshold, where there is one: leave of the logits (V,) a search alone or none."""
+        ended = self.hops[-1].end if self.hops else 0
+        threshold = self.searching.threshold if self.searching is not None else None
+        if threshold is None or self._opened is not None or len(self.ids) != ended or self.forbidden:
+            return
+        if logits.float().softmax(0)[self._start] >= threshold:
+            logits.fill_(-torch.inf)
+            logits[self._start] = 0.0
+        else:
+            logits[self._start] = -torch.inf
 
     def draw(self) -> float:
         return self._random.random() if self.sampling.temperature > 0 else 0.0

@@ -78,6 +78,8 @@ class Config:
     """refrag, agent: searches in one answer, at most; likewise. 0: none, whatever the model decides."""
     min_hops: int = 0
     """refrag, agent: searches in one answer, at least: 1 for an agent that always searches."""
+    search_threshold: float | None = None
+    """refrag, agent: search where the model gives it at least this probability; by default as it writes."""
     num_questions: int = -1
     """A fixed random sample of this many questions; -1: all."""
     seed: int = 0
@@ -190,6 +192,7 @@ def evaluate_searching(
         config.top_k_per_hop or meta.get("top_k_per_hop", 3),
         meta.get("max_hops", 3) if config.max_hops is None else config.max_hops,
         min_hops=config.min_hops,
+        threshold=config.search_threshold,
         max_doc_tokens=config.max_doc_length,
         max_context=room,
     )

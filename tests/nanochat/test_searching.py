@@ -160,6 +160,38 @@ def test_so_many_searches_before_anything_else(engine, manager, small_tokenizer)
             assert (info.ids[0] == start) == bool(settings["min_hops"])
 
 
+def test_a_threshold_decides_where_a_search_may_begin(small_tokenizer, manager, engine):
+    start, end = (small_tokenizer.special_id(f"<|search_{edge}|>") for edge in ("start", "end"))
+    logits = torch.zeros(small_tokenizer.vocab_size)
+    logits[start] = 3.0
+    likely = logits.softmax(0)[start].item()
+
+    def left(request) -> str:
+        steered = logits.clone()
+        request.decide(steered)
+        if torch.equal(steered, logits):
+            return "free"
+        return "search" if steered.isfinite().sum() == 1 else "write" if steered[start] == -torch.inf else "?"
+
+    for threshold, first in ((None, "free"), (likely - 1e-4, "search"), (likely + 1e-4, "write"), (0, "search")):
+        searching = Searching(manager.search, 1, 2, threshold=threshold)
+        request = Request([1], engine_module.Sampling(), small_tokenizer, searching)
+        assert left(request) == first
+        request.take(start, engine.end)
+        assert left(request) == "free"  # a search is written freely
+        request.take(end, engine.end)
+        request.show(manager.search(["bridge"], 1)[0])
+        assert left(request) == first  # behind what was found, too
+        request.take(5, engine.end)
+        assert left(request) == "free"
+    searching = Searching(manager.search, 1, 1, threshold=0.0)
+    for _, info in engine.generate_from_conversations([QUESTION] * 2, searching=searching, max_tokens=6):
+        assert info.ids[0] == start
+    never = Searching(manager.search, 1, 0, threshold=0.0)  # no more than max_hops
+    for _, info in engine.generate_from_conversations([QUESTION] * 2, searching=never, max_tokens=6):
+        assert start not in info.ids
+
+
 def test_max_tokens_counts_what_is_written(scripted, engine, manager):
     seed = scripted.write(("search", "bridge"), "a b c d e f g h")
     searching = Searching(manager.search)
@@ -212,7 +244,7 @@ def test_what_was_read_is_reused_after_searches_too(make_model, small_tokenizer,
 
 
 def test_bad_settings(manager, small_tokenizer):
-    for wrong in ({"top_k_per_hop": 0}, {"max_hops": -1}, {"max_doc_tokens": 0}, {"min_hops": 5}):
+    for wrong in ({"top_k_per_hop": 0}, {"max_hops": -1}, {"max_doc_tokens": 0}, {"min_hops": 5}, {"threshold": 1.1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             Searching(manager.search, **wrong)
     with pytest.raises(UserError, match="empty"):
