@@ -13,7 +13,7 @@ takes strangers for known. Then scripts.agent_train, from there for every seed:
     forced    the same model, made to search for every question
     never     the same model, kept from searching
     always    REFRAG by example (scripts.refrag_finetune) on the same questions: a model that learned to search for each
-    prices    the reinforcement of policy from the same start at other prices: searches for what they bring
+    prices    reinforcement from the same start at several prices: searches for what they bring
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import json
 import random
 import shutil
 import statistics
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ class Config:
     """ppo or grpo, for policy."""
     price: float = 0.1
     """Of a search, for policy."""
+    threshold: float = 0.005
+    """policy searches where the model gives a search at least this probability: a model that was shown decisions is
+    surer than it is right, and a missed search costs more than a needless one."""
+    thresholds: list[float] = field(default_factory=lambda: [0.5, 0.1, 0.02, 0.005, 0.001])
+    """Of the other curve: one model, more searches or fewer."""
     curve_algorithm: str = "ppo"
     """ppo or grpo, for the curve."""
     prices: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.6, 1.2])
@@ -224,20 +230,27 @@ def answer(config: Config, folder: Path, name: str, system: str, questions: str,
 
 
 def measure(config: Config, folder: Path) -> dict[str, float]:
-    kept = "policy"
-    policy = answer(config, folder, kept, "agent", "both")
-    example = answer(config, folder, "example", "agent:agent_sft", "both")
+    by_threshold = ("--search_threshold", config.threshold)
+    systems = {
+        "": ("policy", "agent", *by_threshold),
+        "_example": ("example", "agent:agent_sft", *by_threshold),
+        "_as_written": ("policy", "agent"),
+    }
     rates = {
-        f"search_rate_{half}{stage}": answer(config, folder, name, system, half)["search_rate"]
-        for name, system, stage in ((kept, "agent", ""), ("example", "agent:agent_sft", "_example"))
+        f"search_rate_{half}{stage}": answer(config, folder, name, system, half, *more)["search_rate"]
+        for stage, (name, system, *more) in systems.items()
         for half in reversed(HALVES)
     }
+    policy, example, written = (
+        answer(config, folder, name, system, "both", *more) for name, system, *more in systems.values()
+    )
     return rates | {
         "em_policy": policy["em"],
         "em_always": answer(config, folder, "always", "refrag:refrag", "both")["em"],
-        "em_forced": answer(config, folder, kept, "agent", "both", "--min_hops", 1)["em"],
-        "em_never": answer(config, folder, kept, "agent", "both", "--max_hops", 0)["em"],
+        "em_forced": answer(config, folder, "policy", "agent", "both", "--min_hops", 1)["em"],
+        "em_never": answer(config, folder, "policy", "agent", "both", "--max_hops", 0)["em"],
         "em_example": example["em"],
+        "em_as_written": written["em"],
         "f1_policy": policy["f1"],
         "searches_policy": policy["searches"],
         "search_precision": policy.get("search_precision", 0.0),
@@ -251,14 +264,17 @@ def main() -> None:
     start(config.threads)
     folders = {seed: (config.output or config.home / "agent") / str(seed) for seed in config.seeds}
     found: list[dict[str, float]] = []
-    curve: dict[float, list[dict[str, float]]] = {price: [] for price in config.prices}
+    curve: dict[str, list[dict[str, float]]] = defaultdict(list)
     for seed, folder in folders.items():
         prices = config.prices if seed in config.curve_seeds else []
         train(config, folder, seed, prices)
         found.append(measure(config, folder))
         print(f"seed {seed}: {found[-1]}", flush=True)
         for price in prices:
-            curve[price].append(answer(config, folder, f"price_{price:g}", "agent", "both"))
+            curve[f"price {price:g}"].append(answer(config, folder, f"price_{price:g}", "agent", "both"))
+        for threshold in config.thresholds if prices else []:
+            one = answer(config, folder, "policy", "agent", "both", "--search_threshold", threshold)
+            curve[f"threshold {threshold:g}"].append(one)
     figures: dict[str, float] = {}
     for key in found[0]:
         figures[key] = statistics.mean(of_seed[key] for of_seed in found)
@@ -266,13 +282,13 @@ def main() -> None:
     rows = [[key, figures[key], *(of_seed[key] for of_seed in found)] for key in found[0]]
     print("\n" + table(["", "mean", *(f"seed {seed}" for seed in folders)], rows))
     rows = []
-    for price, of_price in curve.items():
-        if of_price:
-            rows.append([price, *(statistics.mean(one[key] for one in of_price) for key in ("searches", "em"))])
-            figures |= {f"searches_at_{price:g}": rows[-1][1], f"em_at_{price:g}": rows[-1][2]}
+    for name, each in curve.items():
+        rows.append([name, *(statistics.mean(one[key] for one in each) for key in ("searches", "em"))])
+        key = name.replace(" ", "_")
+        figures |= {f"searches_at_{key}": rows[-1][1], f"em_at_{key}": rows[-1][2]}
     if rows:
-        print("\n" + table(["price", "searches", "EM"], rows))
-        points = {f"price {price:g}": (searches, em) for price, searches, em in rows}
+        print("\n" + table(["", "searches", "EM"], rows))
+        points = {name: (searches, em) for name, searches, em in rows}
         plot_searches(points, (config.output or config.home / "agent") / "searches.png")
     print_figures(figures, config.json)
 

@@ -104,20 +104,21 @@ def test_agent_asks_what_it_taught_in_other_words_and_about_strangers(tmp_path):
         text = "".join(json.dumps(question) + "\n" for question in questions)
         (tmp_path / f"rag_examples/queries/{split}.jsonl").write_text(text)
     prepare(Config(home=tmp_path, known_entities=5, questions=20), tmp_path, seed=0)
-    files = {name: read_queries(tmp_path / f"{name}.jsonl") for name in ("known_train", "known_test", "unknown_train")}
-    files |= {name: read_queries(tmp_path / f"{name}.jsonl") for name in ("unknown_test", "val")}
+    files = {name: read_queries(tmp_path / f"{name}.jsonl") for name in ("known_train", "known_asked", "unknown_train")}
+    files |= {name: read_queries(tmp_path / f"{name}.jsonl") for name in ("unknown_asked", "val")}
     entities = {name: {query["doc_ids"][0] for query in queries} for name, queries in files.items()}
     asked = {name: {query["query"] for query in queries} for name, queries in files.items()}
-    assert len(entities["known_train"]) == 5 and entities["known_test"] <= entities["known_train"]
-    assert not asked["known_test"] & asked["known_train"]
+    assert len(entities["known_train"]) == 5 and entities["known_asked"] <= entities["known_train"]
+    assert not asked["known_asked"] & asked["known_train"]
     facts = {(query["doc_ids"][0], query["answers"][0]) for query in files["known_train"]}
-    assert all((query["doc_ids"][0], query["answers"][0]) in facts for query in files["known_test"])
-    assert len(files["known_test"]) == len(files["unknown_test"]) == 20
+    assert all((query["doc_ids"][0], query["answers"][0]) in facts for query in files["known_asked"])
+    assert files["known_asked"] and files["unknown_asked"]
+    assert not asked["val"] & (asked["known_asked"] | asked["unknown_asked"] | asked["known_train"])
     assert not entities["unknown_train"] & entities["known_train"]
-    assert not entities["unknown_test"] & (entities["unknown_train"] | entities["known_train"])
+    assert not entities["unknown_asked"] & (entities["unknown_train"] | entities["known_train"])
     taught = {talk["messages"][-2]["content"] for talk in load_conversations(tmp_path / "talks.jsonl")}
-    assert asked["known_train"] <= taught and not asked["known_test"] & taught
-    assert not taught & (asked["unknown_train"] | asked["unknown_test"])
+    assert asked["known_train"] <= taught and not asked["known_asked"] & taught
+    assert not taught & asked["unknown_asked"]
 
 
 def test_kg(tmp_path):
