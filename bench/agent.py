@@ -214,6 +214,7 @@ def train(config: Config, folder: Path, seed: int, prices: list[float]) -> None:
 
 
 def evaluate(config: Config, base: Path, output: Path, system: str, questions: list[Path], *more: object) -> dict:
+    """rag_eval's figures of a system in the base directory, on files of questions; they are kept in output."""
     if not (output / "results.json").exists():
         arguments = ["--knowledge_base", config.home / "rag_examples/knowledge_base", "--systems", system]
         arguments += ["--queries", ",".join(map(str, questions)), "--source", "mid", "--output", output, *more]
@@ -281,15 +282,16 @@ def main() -> None:
         figures |= {f"{key}_{seed}": of_seed[key] for seed, of_seed in zip(folders, found, strict=True)}
     rows = [[key, figures[key], *(of_seed[key] for of_seed in found)] for key in found[0]]
     print("\n" + table(["", "mean", *(f"seed {seed}" for seed in folders)], rows))
-    rows = []
+    rows, series = [], {}
     for name, each in curve.items():
         rows.append([name, *(statistics.mean(one[key] for one in each) for key in ("searches", "em"))])
         key = name.replace(" ", "_")
         figures |= {f"searches_at_{key}": rows[-1][1], f"em_at_{key}": rows[-1][2]}
+        kind, value = name.split(" ")
+        series.setdefault(kind, {})[value] = (rows[-1][1], rows[-1][2])
     if rows:
         print("\n" + table(["", "searches", "EM"], rows))
-        points = {name: (searches, em) for name, searches, em in rows}
-        plot_searches(points, (config.output or config.home / "agent") / "searches.png")
+        plot_searches(series, (config.output or config.home / "agent") / "searches.png")
     print_figures(figures, config.json)
 
 

@@ -106,19 +106,23 @@ def plot_curves(rows: list[dict], names: list[str], path: Path, title: str) -> N
     plt.close(figure)
 
 
-def plot_searches(points: dict[str, tuple[float, float]], path: Path, label: str = "EM") -> None:
-    """How good answers are against what they cost: of each system its searches a question and its score."""
+def plot_searches(series: dict[str, dict[str, tuple[float, float]]], path: Path) -> None:
+    """How good answers are against what they cost: (searches per question, EM as a share) of each point by its name;
+    the points of a series are joined."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    axes.plot(*zip(*sorted(points.values()), strict=True), marker="o", markersize=5, linewidth=1.2)
-    for name, point in points.items():
-        axes.annotate(name, point, textcoords="offset points", xytext=(6, -10), fontsize=8)
-    axes.set(xlabel="searches per question", ylabel=label)
-    axes.margins(x=0.15)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for row, (label, points) in enumerate(series.items()):
+        axes.plot(*zip(*sorted(points.values()), strict=True), marker="o", markersize=4, linewidth=1.2, label=label)
+        for name, point in points.items():
+            place = (6, 8) if row % 2 else (6, -12)
+            axes.annotate(name, point, textcoords="offset points", xytext=place, fontsize=8, color=f"C{row}")
+    axes.set(xlabel="searches per question", ylabel="EM")
+    axes.margins(x=0.15, y=0.12)
     axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

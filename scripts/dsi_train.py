@@ -81,7 +81,7 @@ class Config(TrainConfig):
     """t5: AdamW's learning rate."""
     embed_lr: float = 0.05
     """The same of the tables of tokens' vectors, which are about 1 where they are new: a rate that suits the other
-    weights hardly moves them. With t5:PATH start from --lr's."""
+    weights hardly moves them. For a trained model (t5:PATH, lm:SOURCE) it is high: --init_lr_frac .1 or less."""
     matrix_lr: float = 0.003
     """lm: Muon's; lm's other rates are embed_lr, head_lr and scalar_lr."""
     head_lr: float = 0.02

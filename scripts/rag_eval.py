@@ -101,6 +101,12 @@ class Config:
     """Print the figures as one JSON object in the last line."""
 
 
+def with_tag(source: str, config: Config) -> tuple[str, str]:
+    """Source and tag of "agent/cheap"; the tag is --model_tag where it has none."""
+    of, _, tag = source.partition("/")
+    return of, tag or config.model_tag
+
+
 def contexts(
     system: str, queries: list[dict], manager: RetrievalManager, top_k: int, index: SearchIndex | None = None
 ) -> list[list[Any]]:
@@ -235,7 +241,8 @@ def evaluate_graph(
     if config.graph is None:
         raise UserError("drag reads a graph: give --graph FOLDER (scripts.kg_prepare build makes one)")
     graph = Graph.load(config.graph)
-    drag, meta = load_drag(checkpoint_root(source, find_model_tag(source, config.model_tag)), graph, device=device)
+    of, tag = with_tag(source, config)
+    drag, meta = load_drag(checkpoint_root(of, find_model_tag(of, tag)), graph, device=device)
     questions = [Question(query["id"], query["query"], query["answers"]) for query in queries]
     began = time.perf_counter()
     asked, _ = ask(graph, Linker(graph), questions, meta["max_hops"], meta["hub_degree"], meta["max_facts"])
@@ -302,8 +309,8 @@ def main() -> None:
                 model, tokenizer, meta, _ = load_checkpoint(folder / "reader", None, compute.device)
                 model.eval()
             else:
-                of, _, tag = source.partition("/")
-                model, tokenizer, meta = load_model(of, compute.device, "eval", tag or config.model_tag)
+                of, tag = with_tag(source, config)
+                model, tokenizer, meta = load_model(of, compute.device, "eval", tag)
             engines[source] = Engine(model, tokenizer), meta
             checkpoints[source] = meta["directory"]
         engine, meta = engines[source]
@@ -353,10 +360,15 @@ def main() -> None:
             for i, q in enumerate(queries)
         ),
     )
-    points = {system: (found["searches"], found["em"]) for system, found in results.items() if "searches" in found}
-    if len(points) > 1:
-        plot_searches(points, output / "searches.png")
-    plotted = ", searches.png" * (len(points) > 1)
+    searched: dict[str, dict[str, tuple[float, float]]] = {}
+    for system, found in results.items():
+        if "searches" in found:
+            kind, _, source = system.partition(":")
+            searched.setdefault(kind, {})[source or kind] = found["searches"], found["em"]
+    plotted = ""
+    if sum(map(len, searched.values())) > 1:
+        plot_searches(searched, output / "searches.png")
+        plotted = ", searches.png"
     print0(f"\nwrote {output}/results.json, table.md{plotted} and predictions.jsonl")
     if config.json:
         print0(json.dumps({"figures": figures}))
