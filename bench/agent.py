@@ -137,7 +137,7 @@ def select(config: Config, folder: Path) -> None:
     kept: dict[str, list[dict[str, Any]]] = {}
     for half in HALVES:
         asked = folder / f"data/{half}_asked.jsonl"
-        evaluate(config, folder / "taught", folder / f"taught/{half}", "closed", [asked])
+        closed_book(config, folder, half)
         lines = (folder / f"taught/{half}/predictions.jsonl").read_text(encoding="utf-8").splitlines()
         said = {one["query"]: one["closed"] for one in map(json.loads, lines)}
         right = [exact_match(said[query["query"]], query["answers"]) > 0 for query in read_queries(asked)]
@@ -195,9 +195,9 @@ def train(config: Config, folder: Path, seed: int, prices: list[float]) -> None:
     shape += ["--val_queries", data / "val.jsonl"]
     if config.supervised_steps > 0:
         shape += ["--num_steps", config.supervised_steps]
-    taught = folder / "taught/checkpoints/mid"
+    start_from = folder / "taught/checkpoints/mid"
     for name, module in {"example": "scripts.agent_train", "always": "scripts.refrag_finetune"}.items():
-        if stage(folder / name, taught):
+        if stage(folder / name, start_from):
             run_stage(folder / name, module, *shape, "--source", "mid", "--use_rewards", "false")
     rewarded = ["--source", "agent_sft"]
     if config.rl_steps > 0:
@@ -205,7 +205,7 @@ def train(config: Config, folder: Path, seed: int, prices: list[float]) -> None:
     runs = {"policy": (config.algorithm, config.price)}
     runs |= {f"price_{price:g}": (config.curve_algorithm, price) for price in prices}
     for name, (algorithm, price) in runs.items():
-        if stage(folder / name, taught, folder / "example/checkpoints/agent_sft"):
+        if stage(folder / name, start_from, folder / "example/checkpoints/agent_sft"):
             settings = [*rewarded, "--algorithm", algorithm, "--retrieval_price", price]
             run_stage(folder / name, "scripts.agent_train", *shape, *settings)
 
@@ -228,6 +228,12 @@ def answer(config: Config, folder: Path, name: str, system: str, questions: str,
     files = [folder / f"data/{half}_test.jsonl" for half in (HALVES if questions == "both" else [questions])]
     found = evaluate(config, folder / name, output, system, files, *more)
     return {key.removeprefix(f"{system}_"): value for key, value in found.items()}
+
+
+def closed_book(config: Config, folder: Path, half: str) -> dict[str, float]:
+    """Figures of the taught model closed book, on all questions of which the test questions are chosen."""
+    asked = [folder / f"data/{half}_asked.jsonl"]
+    return evaluate(config, folder / "taught", folder / f"taught/{half}", "closed", asked)
 
 
 def measure(config: Config, folder: Path) -> dict[str, float]:
@@ -256,7 +262,7 @@ def measure(config: Config, folder: Path) -> dict[str, float]:
         "searches_policy": policy["searches"],
         "search_precision": policy.get("search_precision", 0.0),
         "search_recall": policy.get("search_recall", 0.0),
-        **{f"taught_em_{half}": answer(config, folder, "taught", "closed", half)["em"] for half in HALVES},
+        **{f"taught_em_{half}": closed_book(config, folder, half)["closed_em"] for half in HALVES},
     }
 
 
