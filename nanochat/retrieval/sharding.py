@@ -44,6 +44,7 @@ def group() -> Iterator[None]:
     finally:
         if rank() == 0:
             _hand_out([None] * size)
+            dist.barrier()
         _ranks = 1
         dist.destroy_process_group()
 
@@ -94,6 +95,9 @@ def help_encoding(make: Callable[[dict[str, Any]], Callable[[list[str]], np.ndar
         except Exception as error:  # rank 0 tells it
             answer = UserError(f"rank {rank()}: {error}")
         _collect(answer)
+    import torch.distributed as dist
+
+    dist.barrier()  # gloo's threads are done with what was sent: one that is not when Python ends aborts the process
 
 
 def _hand_out(tasks: list[Any] | None) -> Any:
