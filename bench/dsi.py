@@ -5,10 +5,13 @@
 The passages around the sample's first 100 questions are pooled (about a thousand); the questions are asked, and none of
 them is trained on. Each index is trained in home/<name>, which may be deleted.
 
-    queries   beginnings of documents, spans, and keywords with spans, beside BM25; ids are atomic
+    queries   beginnings of documents, spans, keywords with spans, and titles with these (the default), beside BM25;
+              ids are atomic
     schemes   the other kinds of ids
     models    T5 and this project's own
     add       an index of all but 100 passages learns these
+
+On other documents: --documents FILE --queries FILE --home FOLDER, such as those that bench.joint makes.
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ from nanochat.common import UserError, run_main
 from nanochat.config import load_config
 from nanochat.dsi.docids import SCHEMES
 from nanochat.dsi.index import SearchIndex
+from nanochat.dsi.queries import DEFAULT_KINDS
 from nanochat.dsi.training import evaluate_index, found_by_bm25, of_documents
 from nanochat.retrieval.document import Document, read_documents, read_queries, write_jsonl
 from tasks.hotpotqa import read_hotpotqa
 
 PARTS = ("queries", "schemes", "models", "add")
-KINDS = {"prefix": "prefix:1", "spans": "spans:1", "pseudo": "keywords:2,spans:1"}
+KINDS = {"prefix": "prefix:1", "spans": "spans:1", "keywords": "keywords:2,spans:1", "pseudo": DEFAULT_KINDS}
 NEW = 100
 
 
@@ -43,6 +47,10 @@ class Config:
     """queries, schemes, models, add; separated by commas."""
     data: Path | None = None
     """Folder with hotpotqa_distractor.jsonl.gz; by default $NANOCHAT_DATA."""
+    documents: Path | None = None
+    """Other documents than HotpotQA's."""
+    queries: Path | None = None
+    """Questions with gold documents about them."""
     home: Path = Path("data/dsi")
     """Where data and indexes are kept."""
     questions: int = 100
@@ -60,7 +68,13 @@ class Config:
 def prepare(config: Config) -> tuple[list[Document], list[dict[str, Any]]]:
     """Passages, and the questions about them."""
     sample, documents, queries = (config.home / f"{name}.jsonl" for name in ("sample", "documents", "queries"))
-    if not queries.exists():
+    if bool(config.documents) != bool(config.queries):
+        raise UserError("--documents and --queries go together")
+    if config.documents and config.queries:
+        config.home.mkdir(parents=True, exist_ok=True)
+        write_jsonl(documents, read_documents(config.documents))
+        write_jsonl(queries, read_queries(config.queries))
+    elif not queries.exists():
         path = (config.data or Path(os.environ.get("NANOCHAT_DATA", ""))) / "hotpotqa_distractor.jsonl.gz"
         if not path.exists():
             raise UserError(f"{path} is not there: set NANOCHAT_DATA to the folder that it is in")

@@ -25,7 +25,7 @@ from nanochat.common import Compute, UserError, compute_cleanup, compute_init, p
 from nanochat.config import format_config, load_config
 from nanochat.dsi.index import SearchIndex
 from nanochat.dsi.model import LMIndex, T5Index
-from nanochat.dsi.queries import PseudoQueries, parse_kinds
+from nanochat.dsi.queries import DEFAULT_KINDS, PseudoQueries, parse_kinds
 from nanochat.dsi.training import (
     Pairs,
     PseudoQueryBatches,
@@ -61,7 +61,7 @@ class Config(TrainConfig):
     model: str = "t5"
     """t5: a small T5 of random weights; lm: the same of this project's kind; t5:PATH: a T5 of transformers, a folder or
     a name on the hub; lm:SOURCE: this project's checkpoint of that source (base, mid, rag)."""
-    scheme: Literal["atomic", "naive", "semantic", "title"] = "semantic"
+    scheme: Literal["atomic", "naive", "semantic", "title"] = "atomic"
     """What documents are called: a token each, their number, their place in a tree of clusters, their title."""
     branches: int = 10
     """semantic: of the tree, and documents of a leaf."""
@@ -73,10 +73,10 @@ class Config(TrainConfig):
     """Of a new lm."""
     vocab_size: int = 8192
     """Tokens of text of a new model; their tokenizer is trained on the documents."""
-    pseudo_queries: str = "keywords:2,spans:1,questions:2"
-    """Kinds with their weights: prefix, spans, keywords, questions."""
+    pseudo_queries: str = DEFAULT_KINDS
+    """Kinds with their weights: prefix, spans, keywords, titles, questions."""
     noise: int = 8
-    """Words from anywhere among keywords and spans, at most."""
+    """Words from anywhere among keywords, titles and spans, at most."""
     lr: float = 3e-4
     """t5: AdamW's learning rate."""
     embed_lr: float = 0.05

@@ -22,7 +22,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init, print0, ru
 from nanochat.config import format_config, load_config
 from nanochat.dsi.index import SearchIndex
 from nanochat.dsi.joint import Asked, JointConfig, Reader, joint_losses
-from nanochat.dsi.queries import PseudoQueries, parse_kinds
+from nanochat.dsi.queries import DEFAULT_KINDS, PseudoQueries, parse_kinds
 from nanochat.dsi.training import PseudoQueryBatches, evaluate_index, found_by_bm25, of_documents
 from nanochat.packing import shuffled
 from nanochat.retrieval.document import read_documents, read_queries
@@ -58,7 +58,7 @@ class Config(TrainConfig):
     """Weight of the policy gradient."""
     anchor: float = 1.0
     """Weight of the index's own loss, on pseudo-queries."""
-    pseudo_queries: str = "keywords:2,spans:1"
+    pseudo_queries: str = DEFAULT_KINDS
     """anchor: kinds with their weights."""
     lr: float = 1e-4
     """AdamW's learning rate of the index."""

@@ -3,6 +3,7 @@
     prefix    its beginning. With this alone an index learns its documents by heart and finds few by questions
     spans     pieces of it, from anywhere
     keywords  some of its words, those that few documents have more often, in their order: like a search
+    titles    its title, and before or behind it keywords: what is asked about is mostly called by its name
     questions written ones, where there are some (--queries)
 
 Source: Zhuang et al., "Bridging the Gap Between Indexing and Retrieval for Differentiable Search Index with Query
@@ -22,14 +23,15 @@ from nanochat.common import UserError
 from nanochat.retrieval.analysis import Analyzer
 from nanochat.retrieval.document import Document
 
-KINDS = ("prefix", "spans", "keywords", "questions")
-PREFIX_WORDS, SPAN_WORDS, KEYWORDS = 32, (6, 24), (2, 12)
-NOISE_SHARE = 0.7  # of keywords and spans
+DEFAULT_KINDS = "titles:3,keywords:2,spans:1,questions:4"
+KINDS = ("prefix", "spans", "keywords", "titles", "questions")
+PREFIX_WORDS, SPAN_WORDS, KEYWORDS, BESIDE_TITLE = 32, (6, 24), (2, 12), (0, 4)
+NOISE_SHARE = 0.7  # of keywords, titles and spans
 _WORD = re.compile(r"\w[\w'’-]*")
 
 
 def parse_kinds(text: str) -> dict[str, float]:
-    """Kinds with their weights, from "keywords:2,spans:1"."""
+    """Kinds with their weights, from "keywords:2,spans:1"; one without a weight has 1."""
     kinds = {}
     for part in filter(None, text.split(",")):
         kind, _, weight = part.partition(":")
@@ -42,8 +44,8 @@ def parse_kinds(text: str) -> dict[str, float]:
 
 class PseudoQueries:
     """kinds: how often each is drawn, "spans:1,keywords:2"; questions are drawn only for documents that have some.
-    noise: words from anywhere in the documents, at most so many, among most keywords and spans: questions have words
-    that their document lacks, and an index has to learn to look past them."""
+    noise: words from anywhere in the documents, at most so many, among most keywords, titles and spans: questions have
+    words that their document lacks, and an index has to learn to look past them."""
 
     def __init__(
         self,
@@ -55,15 +57,18 @@ class PseudoQueries:
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise UserError(f"no kind of pseudo-query {unknown[0]!r}; use {', '.join(KINDS)}")
         if not kinds or min(kinds.values()) < 0 or not sum(kinds.values()):
-            raise UserError("pseudo-queries need kinds with weights, like keywords:2,spans:1")
+            raise UserError(f"pseudo-queries need kinds with weights, like {DEFAULT_KINDS}")
         self.documents, self.kinds, self.noise = list(documents), kinds, noise
         self.questions: dict[str, list[str]] = {}
         for query in questions:
             for id in query["doc_ids"][:1]:
                 self.questions.setdefault(id, []).append(query["query"])
-        self._words = [_WORD.findall(f"{document.title} {document.content}") for document in documents]
+        self._titles = [_WORD.findall(document.title) for document in documents]
+        self._words = [
+            title + _WORD.findall(document.content) for title, document in zip(self._titles, documents, strict=True)
+        ]
         self._all = [word for words in self._words for word in words]
-        self._weights = self._rarity() if "keywords" in kinds else []
+        self._weights = self._rarity() if {"keywords", "titles"} & kinds.keys() else []
 
     def _rarity(self) -> list[np.ndarray]:
         """For each document the chance of its words as keywords: by their idf; stop words never, but where a document
@@ -100,11 +105,22 @@ class PseudoQueries:
             length = int(rng.integers(*SPAN_WORDS))
             start = int(rng.integers(max(1, len(words) - length + 1)))
             chosen = words[start : start + length]
+        elif kind == "titles" and (title := self._titles[document]):
+            keywords = self._keywords(document, rng, BESIDE_TITLE, len(title))
+            chosen = title + keywords if rng.random() < 0.5 else keywords + title
         else:
-            weight = self._weights[document]
-            count = min(int(rng.integers(*KEYWORDS)), int((weight > 0).sum()))
-            chosen = [words[at] for at in sorted(rng.choice(len(words), count, replace=False, p=weight))]
+            chosen = self._keywords(document, rng, KEYWORDS)
         if rng.random() < NOISE_SHARE:
             for _ in range(int(rng.integers(self.noise + 1))):
                 chosen.insert(int(rng.integers(len(chosen) + 1)), self._all[int(rng.integers(len(self._all)))])
         return " ".join(chosen)
+
+    def _keywords(
+        self, document: int, rng: np.random.Generator, at_least_below: tuple[int, int], begin: int = 0
+    ) -> list[str]:
+        """Words of the document from this place on, rare ones more often, in their order; how many: at least, below."""
+        words, weight = self._words[document][begin:], self._weights[document][begin:]
+        count = min(int(rng.integers(*at_least_below)), int((weight > 0).sum()))
+        if not count:
+            return []
+        return [words[at] for at in sorted(rng.choice(len(words), count, replace=False, p=weight / weight.sum()))]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat.dsi.index import SearchIndex
-from nanochat.dsi.queries import PseudoQueries
+from nanochat.dsi.queries import DEFAULT_KINDS, PseudoQueries, parse_kinds
 from nanochat.optim import adamw
 from nanochat.packing import shuffled
 from nanochat.retrieval.bm25 import BM25Retriever
@@ -114,7 +114,7 @@ def learn(
     documents are those that the index knows and whose texts are at hand."""
     index.add(new)
     everything = [*new, *old]
-    pseudo = PseudoQueries(everything, {"keywords": 2, "spans": 1})
+    pseudo = PseudoQueries(everything, parse_kinds(DEFAULT_KINDS))
     at = range(len(everything))
     batches = PseudoQueryBatches(pseudo, at[: len(new)], rows_per_step, 0, 0, at[len(new) :])
     asked = [

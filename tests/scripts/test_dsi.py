@@ -20,7 +20,7 @@ from tasks.example_world import generate_world
 
 REPOSITORY = Path(dsi_train.__file__).parents[1]
 TINY = ["--width", 32, "--layers", 1, "--vocab_size", 500, "--num_steps", 30, "--eval_every", 15, "--save_every", 10]
-TINY += ["--total_batch_size", 1024, "--log_every", 10, "--branches", 4]
+TINY += ["--total_batch_size", 1024, "--log_every", 10, "--scheme", "semantic", "--branches", 4]
 
 
 def run(home: Path, module: str, *argv: object) -> subprocess.CompletedProcess[str]:

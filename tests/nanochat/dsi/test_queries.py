@@ -50,7 +50,25 @@ def test_keywords_are_in_order_and_as_likely_as_they_are_rare():
     assert len(counts) == 60 and max(counts.values()) < 3 * min(counts.values())  # all as rare as each other
 
 
-@pytest.mark.parametrize("kind", ["keywords", "spans"])
+def test_titles_are_whole_and_keywords_stand_before_or_behind():
+    content = [f"w{n}" for n in range(30)]
+    named = [Document(id="0", title="New York City", content=" ".join(content)), document("1", "city of dreams")]
+    queries = PseudoQueries(named, {"titles": 1}, noise=0)
+    places, lengths = Counter(), Counter()
+    for words in draws(queries, 0, 1000):
+        at = words.index("New")
+        others = words[:at] + words[at + 3 :]
+        assert words[at : at + 3] == ["New", "York", "City"] and at in (0, len(others))
+        assert [content.index(word) for word in others] == sorted(map(content.index, others))
+        places[at > 0] += bool(others)
+        lengths[len(others)] += 1
+    assert set(lengths) == set(range(4)) and places[True] == pytest.approx(places[False], rel=0.2)
+    assert {word for words in draws(queries, 1, 50) for word in words} == {"city", "dreams"}  # it has no title
+    short = PseudoQueries([Document(id="0", title="The Who", content="")], {"titles": 1}, noise=0)
+    assert draws(short, 0, 1) == [["The", "Who"]]
+
+
+@pytest.mark.parametrize("kind", ["keywords", "titles", "spans"])
 def test_noise_comes_from_all_documents_among_the_words(kind):
     own = set(LONG[0].content.split())
     found = draws(PseudoQueries(LONG, {kind: 1}, noise=8), 0, 2000)
