@@ -62,6 +62,10 @@ def test_user_guide_from_start_to_end(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/my_documents.jsonl").write_text(MY_DOCUMENTS)
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "my_folder").mkdir()
+    for n in range(12):
+        page = f"# Bridge B{n}\n\nBridge B{n} was opened in Old Haven by the mayor on {n + 1} May 1904."
+        (tmp_path / f"my_folder/{n}.md").write_text(page)
     assert MY_DOCUMENTS.strip() in (REPOSITORY / "RAG_USER_GUIDE.md").read_text()
     ran = 0
     for words in commands("RAG_USER_GUIDE.md"):

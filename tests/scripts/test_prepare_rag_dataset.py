@@ -104,6 +104,35 @@ def test_build_makes_a_knowledge_base_of_own_documents(tmp_path: Path) -> None:
     assert manager.retrieve("return policy", top_k=1)[0].id == "policy_001"
 
 
+def test_own_documents_without_questions(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    (folder / "deep").mkdir(parents=True)
+    people = [f"{a}{b}na Li{b}d" for a in "KMRST" for b in "aeio"]
+    for n, name in enumerate(people):
+        page = (
+            f"# {name}\n\n{name} was an engineer of bridges from Norland.\n\n## Life\n\nShe was born in 19{n + 10}.\n"
+        )
+        (folder / ("deep" if n % 2 else ".") / f"{name}.md").write_text(page)
+    (folder / "copy.md").write_text((folder / f"{people[0]}.md").read_text())
+    (folder / "photo.png").write_bytes(b"x")
+    output = tmp_path / "own"
+    printed = prepare(output, "--mode", "own", "--documents", folder, "--retriever_type", "simple")
+    queries = check_dataset(output)
+    assert sorted(map(len, queries.values())) == [4, 4, 32]  # two of each file, a tenth of the files
+    assert {query["answers"][0] for split in SPLITS for query in queries[split]} == {
+        "an engineer of bridges from Norland", *(str(1910 + n) for n in range(20))
+    }  # fmt: skip
+    assert "1 passages left out" in printed and "not read: photo.png: .png files are not read" in printed
+    text = {document.id for document in read_documents(output / "text" / "train.jsonl")}
+    held_out = {id for split in ("val", "test") for query in queries[split] for id in query["doc_ids"]}
+    assert len(text) == 17 and not text & {id.split("#")[0] for id in held_out}  # the copy too
+
+    alone = tmp_path / "few"
+    printed = prepare(alone, "--mode", "own", "--documents", folder / "copy.md")
+    assert "too few questions" in printed and not (alone / "queries").exists()
+    assert len(RetrievalManager(knowledge_base_path=alone / "knowledge_base")) == 1
+
+
 def test_squad_holds_out_whole_articles(tmp_path: Path) -> None:
     train, dev = tmp_path / "train.json", tmp_path / "dev.json"
     train.write_text(json.dumps(squad_articles(*(f"article{letter}" for letter in "abcdefghijkl"))))
@@ -124,6 +153,10 @@ def test_squad_holds_out_whole_articles(tmp_path: Path) -> None:
     assert articles["test"] == {"unseen", "articlea"}
     assert len(RetrievalManager(knowledge_base_path=output / "test_knowledge_base")) == 6
     assert "the 6 test passages alone" in printed
+    writing = [json.loads(line) for line in (output / "conversations/writing.jsonl").read_text().splitlines()]
+    assert len(writing) == 33 and len(read_documents(output / "text/train.jsonl")) == 33
+    asked, written = (message["content"] for message in writing[0]["messages"])
+    assert "In place 0 grows articlea0." in asked and written == "Q: What grows in articlea 0?\nA: articlea0"
 
     alone = tmp_path / "alone"
     prepare(alone, "--mode", "squad", "--input", train)
@@ -162,7 +195,11 @@ def test_hotpotqa_pools_paragraphs_and_keeps_hops(tmp_path: Path) -> None:
         (["--num_docs", "50"], "did you mean --num_documents?"),
         (["--mode", "build"], "needs --documents"),
         (["--mode", "squad"], "needs --input"),
-        (["--documents", "{good}"], "did you mean --mode build?"),
+        (["--documents", "{good}"], "did you mean --mode own or build?"),
+        (["--mode", "own"], "needs --documents"),
+        (["--mode", "own", "--documents", "nowhere"], "nowhere is not there"),
+        (["--mode", "own", "--documents", "{good}", "--writer", "me"], "no writer 'me'"),
+        (["--mode", "own", "--documents", "{good}", "--chunk_overlap", "200"], "--chunk_overlap less"),
         (["--mode", "build", "--documents", "{bad}"], "bad.jsonl:2: "),
         (["--mode", "squad", "--input", "{bad}"], "bad.jsonl:2: not JSON"),
         (["--mode", "squad", "--input", "{one_article}"], "cannot be divided"),
