@@ -20,6 +20,7 @@ ABSTENTION = "The documents do not say."
 """What a model is taught to answer where the documents hold no answer."""
 
 _CITATION = re.compile(r"\s*\[(\d{1,9})\]")
+_QUOTE = re.compile(r"“([^”]*)”(.*)", re.DOTALL)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -35,13 +36,21 @@ def split_citations(answer: str) -> tuple[str, list[int]]:
     return _CITATION.sub("", answer).strip(), list(numbers)
 
 
+def split_quote(text: str) -> tuple[str, str]:
+    """An answer without its citations, and the quotation that it begins with: "“Born in 1904.” 1904" -> ("1904", "Born
+    in 1904."). A quotation alone is the answer."""
+    match = _QUOTE.match(text)
+    return (match[2].strip() or match[1], match[1]) if match else (text, "")
+
+
 def abstains(answer: str) -> bool:
     return normalize_answer(split_citations(answer)[0]) == normalize_answer(ABSTENTION)
 
 
 def stated_answer(answer: str) -> str:
-    """What an answer claims: without its citations, and nothing where it abstains, as exact_match and f1 want it."""
-    return "" if abstains(answer) else split_citations(answer)[0]
+    """What an answer claims: without its citations and the quotation before it, and nothing where it abstains, as
+    exact_match and f1 want it."""
+    return "" if abstains(answer) else split_quote(split_citations(answer)[0])[0]
 
 
 def abstention_scores(abstained: Sequence[bool], answerable: Sequence[bool]) -> dict[str, float]:

@@ -4,8 +4,9 @@
     python -m scripts.rag_finetune --knowledge_base data/rag_examples/knowledge_base \
         --queries data/rag_examples/queries/train.jsonl --base_tasks "" --source mid
 
-Training examples come from a queries file (gold documents among retrieved distractors, RAFT: arXiv 2403.10131) and from
-base tasks, whose questions get retrieved documents. Very small models learn lookup over few documents first, which is
+Training examples come from a queries file (gold documents among retrieved distractors, RAFT: arXiv 2403.10131; with
+--absent some without them, where the answer is that the documents do not say), from base tasks, whose questions get
+retrieved documents, and from plain conversations. Very small models learn lookup over few documents first, which is
 what --curriculum is for.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_checkpoint
 from nanochat.common import Compute, UserError, compute_cleanup, compute_init, print0, run_main
@@ -27,8 +29,8 @@ from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Phase, TrainConfig, mean_loss, rows_per_step, train
-from tasks.common import load_tasks, render_examples
-from tasks.rag import RAGTask, RetrievalTask
+from tasks.common import load_conversations, load_tasks, render_examples
+from tasks.rag import PlainTask, RAGTask, RetrievalTask
 
 
 @dataclass(kw_only=True)
@@ -61,6 +63,19 @@ class Config(TrainConfig):
     """Questions asked of every document shown, in one talk: more learned tokens for each token read. 0: only one."""
     cite: bool = True
     """Answers begin with the numbers of the documents they come from: "[2] 1904"."""
+    quote: bool = False
+    """Behind the numbers stands the sentence that the answer is in: "[2] “He was born in 1904.” 1904"."""
+    absent: float = 0.0
+    """Share of the questions that are shown without the documents that answer them; the answer is then that the
+    documents do not say, as it is for questions without an answer."""
+    distractors: Literal["retrieved", "random"] = "retrieved"
+    """The other documents of a context: those that a search finds, or any (for comparison)."""
+    gold_first: bool = False
+    """Documents that answer stand before the others, for comparison; by default in any place."""
+    conversations: list[Path] = field(default_factory=list)
+    """Files with plain conversations {"messages": [...]} a line, so that the model still chats without documents."""
+    chat_share: float = 0.1
+    """Share of the examples that are such conversations, where there are some."""
     curriculum: list[str] = field(default_factory=list)
     """Stages as documents:share of the training, like "1:0.2,5:0.5,1-5:0.3"; empty: top_k all along. 1-5: each context
     has 1 to 5 documents, so that the model stays at home with few."""
@@ -169,13 +184,22 @@ def main() -> None:
         top_k=config.top_k,
         questions_per_document=config.questions_per_document,
         cite=config.cite,
+        quote=config.quote,
+        absent=config.absent,
+        distractors=config.distractors,
+        gold_first=config.gold_first,
         seed=config.seed,
     )
-    tasks: list[RAGTask | RetrievalTask] = []
+    tasks: list[RAGTask | RetrievalTask | PlainTask] = []
     if queries:
         tasks.append(make_task(queries))
     if base:
         tasks.append(RetrievalTask(base, manager, config.top_k))
+    if chat := [talk for path in config.conversations for talk in load_conversations(path)]:
+        if not 0 < config.chat_share < 1:
+            raise UserError(f"--chat_share {config.chat_share}: a share between 0 and 1")
+        beside = sum(map(len, tasks))
+        tasks.append(PlainTask(chat, round(beside * config.chat_share / (1 - config.chat_share))))
     rows = rows_per_step(config, compute.world_size)
     phases = make_phases(tasks, tokenizer, config, rows)
     evaluate = None

@@ -1,8 +1,11 @@
 """RAG conversations: retrieved documents, a question, its answer.
 
 From a queries file, a context holds the question's gold documents and the best retrieved others as distractors, in
-random order. From a base task (any conversations), the retrieved documents go before the last question. Retrieval runs
-once for the whole set, in batches, and is kept by content, so that training never waits for it.
+random order (RAFT: Zhang et al. 2024, arXiv 2403.10131). Where none of them has the answer, because the knowledge base
+does not hold it or because its document was left out, the answer is that the documents do not say: taught the answer
+itself, a model would learn to say what it cannot read. From a base task (any conversations), the retrieved documents go
+before the last question. Retrieval runs once for the whole set, in batches, and is kept by content, so that training
+never waits for it.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from nanochat.common import UserError, atomic_write_text, get_base_dir
+from nanochat.metrics import ABSTENTION, normalize_answer
 from nanochat.retrieval import RetrievalManager
+from nanochat.retrieval.chunking import sentences
+from nanochat.retrieval.document import Document
 from tasks.common import Conversation
 
 
@@ -49,12 +55,16 @@ def require_documents(manager: RetrievalManager, ids: Iterable[str]) -> None:
 class RAGTask:
     """Conversations from questions with gold documents.
 
-    queries: by the Query contract; those without an answer or a gold document are left out. top_k: documents in a
+    queries: by the Query contract. Those without an answer are answered with metrics.ABSTENTION; those with an answer
+    and no gold document are left out. absent: share of the others that are shown without their gold documents, and
+    without any document that has the answer, and are answered so too. top_k: documents in a
     context. questions_per_document: every document shown, distractors too, is asked this many of the questions that it
     answers, as turns of one talk in random order, which gives more learned tokens for each token read. With more than a
     few, later questions can be answered from the earlier ones instead of from the documents. 0: the one question only.
     cite: an answer begins with the numbers of the documents it comes from, "[2] 1904". The reader can check it, and the
-    model has to find the document first.
+    model has to find the document first. quote: behind the numbers stands the sentence that the answer is in, “...”.
+    distractors: retrieved, or random ones; gold_first: the gold documents before the others. Both are for comparison:
+    with easy distractors and a known place a model learns to read the first document, or the one that fits at all.
     """
 
     def __init__(
@@ -65,18 +75,24 @@ class RAGTask:
         questions_per_document: int = 1,
         cite: bool = False,
         seed: int = 0,
+        absent: float = 0.0,
+        quote: bool = False,
+        distractors: Literal["retrieved", "random"] = "retrieved",
+        gold_first: bool = False,
     ):
-        self.queries = [q for q in queries if q["answers"] and q["doc_ids"]]
-        if not self.queries:
+        self.queries = [q for q in queries if bool(q["answers"]) == bool(q["doc_ids"])]
+        if not any(q["answers"] for q in self.queries):
             raise UserError("none of the queries has both an answer and a gold document: nothing to train on")
         self.manager, self.top_k, self.seed = manager, top_k, seed
-        self.questions_per_document, self.cite = questions_per_document, cite
+        self.questions_per_document, self.cite, self.quote = questions_per_document, cite, quote
+        self.absent, self.distractors, self.gold_first = absent, distractors, gold_first
         require_documents(manager, (i for q in self.queries for i in q["doc_ids"]))
         self.found = retrieve_all(manager, [q["query"] for q in self.queries], top_k + 1)
         self.asked_of: dict[str, list[int]] = defaultdict(list)  # document -> the questions it alone answers
         for i, query in enumerate(self.queries):
             if len(query["doc_ids"]) == 1:
                 self.asked_of[query["doc_ids"][0]].append(i)
+        self._asked_about = sorted(self.asked_of)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -87,8 +103,30 @@ class RAGTask:
     def context(self, index: int, rng: random.Random, top_k: int) -> list[str]:
         """Document ids: the gold ones, and the best retrieved others up to top_k, shuffled."""
         gold = list(dict.fromkeys(self.queries[index]["doc_ids"]))
-        others = [i for i in self.found[index] if i not in gold]
-        ids = gold + others[: max(0, top_k - len(gold))]
+        if gold and self.absent and rng.random() < self.absent and (ids := self._without_answer(index, rng, top_k)):
+            return ids
+        ids = self._others(index, rng, max(0, top_k - len(gold)))
+        if self.gold_first:
+            return gold + ids
+        ids = gold + ids
+        rng.shuffle(ids)
+        return ids
+
+    def _others(self, index: int, rng: random.Random, count: int) -> list[str]:
+        gold = self.queries[index]["doc_ids"]
+        if self.distractors == "random":
+            drawn = rng.sample(self._asked_about, min(count + len(gold), len(self._asked_about)))
+            return [i for i in drawn if i not in gold][:count]
+        return [i for i in self.found[index] if i not in gold][:count]
+
+    def _without_answer(self, index: int, rng: random.Random, top_k: int) -> list[str]:
+        """Documents that the answer is not in."""
+        answers = [normalize_answer(answer) for answer in self.queries[index]["answers"]]
+        ids = []
+        for document in self.manager.documents(self._others(index, rng, top_k)):
+            text = f" {normalize_answer(f'{document.title} {document.content}')} "
+            if not any(f" {answer} " in text for answer in answers):
+                ids.append(document.id)
         rng.shuffle(ids)
         return ids
 
@@ -102,16 +140,43 @@ class RAGTask:
             wanted = self.questions_per_document - (doc in self.queries[index]["doc_ids"])
             asked += rng.sample(others, max(0, min(len(others), wanted)))
         rng.shuffle(asked)
-        documents = [document.to_dict(with_score=False) for document in self.manager.documents(ids)]
-        messages: list[dict[str, Any]] = [{"role": "retrieval", "documents": documents}]
+        documents = self.manager.documents(ids)
+        shown = [document.to_dict(with_score=False) for document in documents]
+        messages: list[dict[str, Any]] = [{"role": "retrieval", "documents": shown}]
         for i in asked:
             messages.append({"role": "user", "content": self.queries[i]["query"]})
-            answer = self.queries[i]["answers"][0]
-            if self.cite:
-                numbers = sorted(ids.index(doc) + 1 for doc in self.queries[i]["doc_ids"])
-                answer = " ".join([*(f"[{n}]" for n in numbers), answer])
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", "content": self._answer(self.queries[i], documents)})
         return {"messages": messages, "metadata": {"query": self.queries[index]["id"]}}
+
+    def _answer(self, query: dict[str, Any], documents: Sequence[Document]) -> str:
+        gold = [n for n, document in enumerate(documents, 1) if document.id in query["doc_ids"]]
+        if len(gold) < len(set(query["doc_ids"])) or not gold:
+            return ABSTENTION
+        answer = query["answers"][0]
+        parts = [f"[{n}]" for n in gold] if self.cite else []
+        if self.quote and (sentence := find_quote(answer, [documents[n - 1].content for n in gold])):
+            parts.append(f"“{sentence}”")
+        return " ".join([*parts, answer])
+
+
+MAX_QUOTE_WORDS = 30
+
+
+def find_quote(answer: str, texts: Sequence[str]) -> str:
+    """The first sentence that has the answer, of a long one the words around it; "" if there is none."""
+    for text in texts:
+        for start, end in sentences(text):
+            sentence = " ".join(text[start:end].split()).replace("“", '"').replace("”", '"')
+            at = sentence.find(answer)
+            if at < 0:
+                continue
+            words = sentence.split(" ")
+            if len(words) > MAX_QUOTE_WORDS:
+                first = sentence[:at].count(" ")
+                begin = max(0, first + len(answer.split()) // 2 - MAX_QUOTE_WORDS // 2)
+                words = words[begin : begin + MAX_QUOTE_WORDS]
+            return " ".join(words)
+    return ""
 
 
 class RetrievalTask:
@@ -138,3 +203,19 @@ class RetrievalTask:
         shown = [document.to_dict(with_score=False) for document in self.manager.documents(ids)]
         messages.insert(self.at[index], {"role": "retrieval", "documents": shown})
         return {"messages": messages}
+
+
+class PlainTask:
+    """Conversations as they are, without documents, `count` in an epoch: another part of them each epoch."""
+
+    def __init__(self, base: Sequence[Conversation], count: int):
+        self.base, self.count = base, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.conversation(index)
+
+    def conversation(self, index: int, epoch: int = 0, top_k: int | None = None) -> Conversation:
+        return self.base[(epoch * self.count + index) % len(self.base)]

@@ -171,6 +171,8 @@ def test_citation_scores_by_hand() -> None:
 def test_abstaining_is_saying_nothing() -> None:
     assert abstains(ABSTENTION) and abstains("[3] the documents do not say") and stated_answer(ABSTENTION) == ""
     assert not abstains("") and not abstains("The documents do not say who.") and stated_answer("[1] 1904") == "1904"
+    assert stated_answer("[2] “He was born in 1904.” 1904 [2]") == "1904" and stated_answer("[1] “1904”") == "1904"
+    assert stated_answer("“a” and “b”") == "and “b”" and stated_answer("the “b”") == "the “b”"
     assert exact_match(stated_answer(ABSTENTION), []) == 1 and exact_match(stated_answer(ABSTENTION), ["x"]) == 0
 
 

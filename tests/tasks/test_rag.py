@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 
 from nanochat.common import UserError
+from nanochat.metrics import ABSTENTION, normalize_answer, stated_answer
 from nanochat.retrieval import RetrievalManager
 from tasks.example_world import generate_world
-from tasks.rag import RAGTask, RetrievalTask
+from tasks.rag import PlainTask, RAGTask, RetrievalTask, find_quote
 
 WORLD = generate_world(120, seed=3)
 QUERIES = WORLD.questions["train"]
@@ -92,12 +93,78 @@ def test_a_question_with_several_gold_documents_cites_them_all(manager):
 
 def test_queries_that_cannot_be_trained_on(manager):
     unanswerable = {"id": "u", "query": "Who?", "answers": [], "doc_ids": []}
-    assert len(RAGTask([unanswerable, QUERIES[0]], manager)) == 1
+    assert len(RAGTask([unanswerable, QUERIES[0]], manager)) == 2
+    unfound = {**QUERIES[0], "doc_ids": []}
+    assert len(RAGTask([unfound, QUERIES[0]], manager)) == 1
     with pytest.raises(UserError, match="nothing to train on"):
         RAGTask([unanswerable], manager)
     stray = {**QUERIES[0], "doc_ids": ["elsewhere"]}
     with pytest.raises(UserError, match=r"does not hold the document .elsewhere."):
         RAGTask([stray], manager)
+
+
+def test_a_question_whose_documents_are_left_out_is_not_answered(manager):
+    task = RAGTask(QUERIES, manager, top_k=4, questions_per_document=2, cite=True, absent=0.3, seed=1)
+    away = 0
+    for i, query in enumerate(QUERIES):
+        conversation = task.conversation(i)
+        ids, asked = shown(conversation), dict(turns(conversation))
+        if query["doc_ids"][0] in ids:
+            assert asked[query["query"]].endswith(query["answers"][0]) and len(ids) == 4
+        else:
+            away += 1
+            assert asked[query["query"]] == ABSTENTION and ids
+            words = [normalize_answer(f"{d['title']} {d['content']}") for d in conversation["messages"][0]["documents"]]
+            answer = normalize_answer(query["answers"][0])
+            assert not any(re.search(rf"\b{re.escape(answer)}\b", text) for text in words)
+            # what is asked besides, of the documents that are there, is answered
+            others = {question: said for question, said in asked.items() if question != query["query"]}
+            assert all(said.startswith("[") for said in others.values())
+    assert away == pytest.approx(0.3 * len(QUERIES), rel=0.2)
+    assert any(shown(task.conversation(i)) != shown(task.conversation(i, epoch=1)) for i in range(20))
+
+
+def test_a_question_that_the_base_does_not_answer(manager):
+    queries = [QUERIES[0], *WORLD.unanswerable["train"][:3]]
+    task = RAGTask(queries, manager, top_k=4, questions_per_document=0, cite=True)
+    assert len(task) == 4
+    for i in range(1, 4):
+        conversation = task.conversation(i)
+        assert turns(conversation) == [(queries[i]["query"], ABSTENTION)]
+        assert sorted(shown(conversation)) == sorted(d.id for d in manager.retrieve(queries[i]["query"], 4))
+
+
+def test_easy_contexts_for_comparison(manager):
+    task = RAGTask(QUERIES, manager, top_k=4, questions_per_document=0, distractors="random", gold_first=True)
+    near = total = 0
+    for i, query in enumerate(QUERIES):
+        gold, *others = shown(task.conversation(i))
+        assert gold == query["doc_ids"][0] and len(set(others)) == 3 and gold not in others
+        near += len({d.id for d in manager.retrieve(query["query"], 4)} & set(others))
+        total += 3
+    assert near < 0.2 * total
+
+
+def test_an_answer_after_the_sentence_that_it_is_in(manager):
+    task = RAGTask(QUERIES, manager, top_k=3, questions_per_document=0, cite=True, quote=True)
+    for i in range(0, len(QUERIES), 5):
+        conversation = task.conversation(i)
+        [(_, answer)] = turns(conversation)
+        number, quoted, text = re.fullmatch(r"\[(\d)\] “(.+)” (.+)", answer).groups()
+        content = conversation["messages"][0]["documents"][int(number) - 1]["content"]
+        assert quoted in content and text in quoted and quoted[-1] == "." and ". " not in quoted
+        assert stated_answer(answer) == text == QUERIES[i]["answers"][0]
+    long = "Word " * 40 + "the answer is “forty two” here " + "word " * 40
+    assert find_quote("none", [long]) == ""
+    found = find_quote('"forty two"', ["No. Nothing here.", long])
+    assert len(found.split()) == 30 and '"forty two"' in found
+
+
+def test_plain_conversations_take_turns(manager):
+    base = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(5)]
+    task = PlainTask(base, 2)
+    assert len(task) == 2
+    assert [task.conversation(i, epoch) for epoch in range(3) for i in range(2)] == [*base, base[0]]
 
 
 def test_base_tasks_get_what_is_found_for_their_last_question(manager):
