@@ -126,3 +126,52 @@ def plot_searches(series: dict[str, dict[str, tuple[float, float]]], path: Path)
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_bars(systems: dict[str, dict[str, tuple[float, float, float]]], path: Path, title: str) -> None:
+    """Figures side by side, a group for each, a colour for each system: (value, low, high) with the interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for figures in systems.values() for name in figures))
+    width = 0.8 / len(systems)
+    figure, axes = plt.subplots(figsize=(max(6, 1.2 * len(names) + 2), 4.2), layout="constrained")
+    for at, (system, figures) in enumerate(systems.items()):
+        there = [n for n, name in enumerate(names) if name in figures]
+        values = [figures[names[n]] for n in there]
+        places = [n + (at - (len(systems) - 1) / 2) * width for n in there]
+        errors = [[max(0.0, v - low) for v, low, _ in values], [max(0.0, high - v) for v, _, high in values]]
+        axes.bar(places, [v for v, _, _ in values], width * 0.92, yerr=errors, capsize=2, label=system, ecolor="0.3")
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n", 1) for name in names])
+    axes.set(ylim=(0, 1.05), title=title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_lines(
+    series: dict[str, dict[int, float]], path: Path, title: str, xlabel: str, ylabel: str, logarithmic: bool = False
+) -> None:
+    """A line through the points of each series."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for name, points in series.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, label=name)
+    if logarithmic:
+        axes.set_xscale("log")
+    ticks = sorted({x for points in series.values() for x in points})
+    axes.set_xticks(ticks, [str(x) for x in ticks])
+    axes.minorticks_off()
+    axes.set(ylim=(0, 1.02), title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

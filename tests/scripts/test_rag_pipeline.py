@@ -89,6 +89,20 @@ def test_finetune_evaluate_and_report(home):
     predictions = [json.loads(line) for line in (home / "eval/predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == 9 and {"closed", "rag", "gold"} <= set(predictions[0])
     assert (home / "eval/table.md").read_text().count("\n") == 5
+    assert {"rag_em_low", "rag_em_high", "rag_hallucination", "rag_first_token_ms", "rag_mrr"} <= set(figures)
+    report = (home / "eval/report.md").read_text()
+    assert "figures.png" in report and "answers are wrong" in report and "recall.png" in report
+    other = ["--systems", "rag,simple,gold", "--positions", 4, "--by_top_k", "1,3", "--latency", 0]
+    asked[asked.index("--output") + 1] = home / "other"
+    out = ok(run(home, "scripts.rag_eval", "--knowledge_base", home / "ex/knowledge_base", *asked, *other))
+    figures = json.loads(out.splitlines()[-1])["figures"]
+    places = [figures[f"simple_em_at_place_{n}"] for n in range(1, 6)]
+    assert figures["simple_position_spread"] == max(places) - min(places) and "rag_em_of_3_documents" in figures
+    assert (home / "other/place.png").exists() and "rag_first_token_ms" not in figures
+    out = ok(run(home, "scripts.rag_eval", "--compare", f"{home / 'eval'},{home / 'other'}"))
+    assert out.count("| 9 questions |") == 2 and "| em |" in out  # rag and gold
+    refused(run(home, "scripts.rag_eval", "--compare", home / "nowhere"), "nowhere")
+    refused(run(home, "scripts.rag_eval", "--knowledge_base", home / "ex/knowledge_base"), "--queries is required")
 
 
 def test_plan_opens_everything_and_writes_nothing(home):
