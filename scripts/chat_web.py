@@ -1,0 +1,251 @@
+"""Chat in the browser, and OpenAI's API, over a knowledge base.
+
+    python -m scripts.chat_web --knowledge_base data/my_kb
+    python -m scripts.chat_web --knowledge_base data/my_kb,data/other_kb --source refrag --host 0.0.0.0 --api_key SECRET
+
+    GET  /                          the page
+    GET  /v1/models                 the model
+    POST /v1/chat/completions       as OpenAI's, streaming or not; besides "knowledge_base": its name, "top_k", and
+                                    "retrieval": false for none. The passages come as "sources" and, where the answer
+                                    cites them, as annotations
+    GET  /v1/knowledge_bases        names and sizes
+    GET  /v1/knowledge_bases/NAME/documents/ID     a document's text
+    GET  /health
+
+It listens on this machine alone unless told otherwise. Nothing that is said is logged or kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, compute_init, print0, run_main
+from nanochat.config import load_config
+from nanochat.engine import Engine
+from nanochat.retrieval import RetrievalManager
+
+try:
+    import uvicorn
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+
+    from scripts._completions import Chat, Completion, Limits, Refused, overloaded, stream, whole
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error.name} is missing: pip install 'nanochat[web]'") from None
+
+PAGE = Path(__file__).with_suffix(".html")
+MAX_BODY_BYTES = 2_000_000
+
+
+def security(page: str) -> dict[str, str]:
+    """Headers for every answer: of scripts and styles a browser runs those of the page alone."""
+
+    def digest(tag: str) -> str:
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+    policy = f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; connect-src 'self'"
+    return {
+        "Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+
+@dataclass
+class Config:
+    """Serve a model that answers from knowledge bases."""
+
+    knowledge_base: list[Path]
+    """Folders of knowledge bases, separated by commas; the first is used where none is asked for."""
+    source: str = "rag"
+    """Stage of training the model comes from: rag, mid or base; refrag, refrag_rl, agent_sft and agent search by
+    themselves."""
+    model_tag: str = ""
+    """Which model of that stage; empty: the one trained last."""
+    retriever_type: str | None = None
+    """simple, bm25, dense, hybrid or kg; if not given, what each base was built for."""
+    top_k: int | None = None
+    """Documents for a question (5), or for each search of a model that searches by itself (as in its training)."""
+    max_tokens: int = 256
+    """Longest answer, in tokens, where the client does not say."""
+    max_doc_length: int = 500
+    """Longest document, in tokens; the rest of it is cut off."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every one this machine has."""
+    port: int = 8000
+    """Port to listen on."""
+    api_key: str = field(default_factory=lambda: os.environ.get("NANOCHAT_API_KEY", ""))
+    """If given, or in NANOCHAT_API_KEY, clients have to send it: Authorization: Bearer KEY."""
+    max_rows: int = 16
+    """Answers that are written at a time."""
+    max_waiting: int = 64
+    """Requests that may wait; others are told to come again."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+# --- the server
+
+
+def create_app(config: Config, engine: Engine, meta: dict[str, Any], managers: dict[str, RetrievalManager]) -> FastAPI:
+    name = f"{config.source}-{meta.get('model_tag', 'model')}"
+    limits = Limits(config.top_k, config.max_tokens, config.max_doc_length, config.max_rows, config.max_waiting)
+    chat = Chat(name, engine, meta, managers, limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        chat.worker.close()
+
+    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.chat = chat
+
+    async def allowed(request: Request) -> None:
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+        if config.api_key and not hmac.compare_digest(sent, config.api_key.encode()):
+            raise Refused(401, "this server needs its key: Authorization: Bearer KEY", "invalid_api_key")
+
+    @app.exception_handler(HTTPException)  # Starlette's, and so FastAPI's and Refused
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        detail = error.detail
+        if not isinstance(detail, dict):  # of the framework: no such address, no such method
+            detail = {"message": str(detail), "type": "invalid_request_error", "param": None, "code": None}
+        return JSONResponse({"error": detail}, error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        detail = {"message": f"{place}: {first['msg']}" if place else first["msg"], "type": "invalid_request_error"}
+        return JSONResponse({"error": {**detail, "param": place or None, "code": None}}, 400)
+
+    page_text = PAGE.read_text(encoding="utf-8")
+    app.add_middleware(Guard, headers=security(page_text))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(page_text, headers={"Cache-Control": "no-cache"})
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "load": chat.worker.load}
+
+    @app.get("/v1/models", dependencies=[Depends(allowed)])
+    async def models() -> dict[str, Any]:
+        one = {"id": chat.name, "object": "model", "created": chat.created, "owned_by": "nanochat"}
+        return {"object": "list", "data": [one]}
+
+    @app.get("/v1/knowledge_bases", dependencies=[Depends(allowed)])
+    async def knowledge_bases() -> dict[str, Any]:
+        data = [{"id": n, "documents": len(m), "retriever": m.retriever_type} for n, m in chat.managers.items()]
+        return {"object": "list", "data": data}
+
+    @app.get("/v1/knowledge_bases/{name}/documents/{id:path}", dependencies=[Depends(allowed)])
+    async def document(name: str, id: str) -> dict[str, Any]:
+        _, manager = chat.manager(name)
+        (found,) = await run_in_threadpool(manager.retriever.get, [id])
+        if found is None:
+            raise Refused(404, f"no document {id!r} in {name}", "not_found")
+        return found.to_dict(with_score=False)
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
+    async def completions(asked: Completion, http: Request) -> Any:
+        prepared = await run_in_threadpool(chat.prepare, asked)
+        place = f"{http.base_url}v1/knowledge_bases/{quote(prepared.base, safe='')}/documents/"
+        about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
+        if not asked.stream:
+            return await whole(chat, prepared, place, about, http)
+        if chat.full:  # before the answer's head is sent
+            raise overloaded()
+        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        chunks = stream(chat, prepared, place, about, with_usage)
+        return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    return app
+
+
+class Guard:
+    """Refuses bodies that are too long before anything parses them, and adds headers that browsers obey."""
+
+    def __init__(self, app: Any, headers: dict[str, str]):
+        self.app = app
+        self.headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        size = 0
+
+        async def limited() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY_BYTES:
+                raise too_long()
+            return message
+
+        async def secured(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *self.headers]
+            await send(message)
+
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            await JSONResponse({"error": too_long().detail}, 413)(scope, receive, secured)
+        else:
+            await self.app(scope, limited, secured)
+
+
+def too_long() -> Refused:
+    return Refused(413, f"the request is over {MAX_BODY_BYTES:,} bytes", "request_too_large")
+
+
+def open_bases(config: Config) -> dict[str, RetrievalManager]:
+    managers: dict[str, RetrievalManager] = {}
+    for path in config.knowledge_base:
+        folder = path.resolve()
+        name = folder.parent.name if folder.name == "knowledge_base" else folder.name  # as prepare_rag_dataset has it
+        if name in managers:
+            raise UserError(f"two knowledge bases are called {name!r}; rename one folder")
+        managers[name] = RetrievalManager(config.retriever_type, path)
+    if not managers:
+        raise UserError("give --knowledge_base FOLDER; python -m nanochat.retrieval builds one")
+    return managers
+
+
+def main() -> None:
+    config = load_config(Config)
+    for name in ("top_k", "max_tokens", "max_doc_length", "max_rows"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
+    managers = open_bases(config)
+    compute = compute_init(config.device, 0)
+    model, tokenizer, meta = load_model(config.source, compute.device, model_tag=config.model_tag)
+    app = create_app(config, Engine(model, tokenizer, prefix_bytes=1 << 29), meta, managers)
+    where = f"http://{'localhost' if config.host in ('127.0.0.1', '0.0.0.0') else config.host}:{config.port}"
+    print0(f"{app.state.chat.name} over {', '.join(managers)}: {where} (API: {where}/v1)")
+    if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_key:
+        print0("anybody who reaches this address can use it: --api_key SECRET keeps others out")
+    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    run_main(main)
