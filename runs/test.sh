@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 source runs/_setup.sh
 setup dev
 ruff check .
-exec python -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a process for each core, and a thread for each process
+exec python -m pytest -n auto --dist loadfile "$@"
