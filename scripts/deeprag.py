@@ -104,8 +104,10 @@ def train_dsi(settings: Settings = None) -> None:
 
 @app.command(context_settings=REST)
 def train_agent(settings: Settings = None) -> None:
-    """When to search: by imitation, then by PPO."""
+    """When to search: by imitation, then by PPO; training.max_steps of each."""
     folder, words = split(settings, "--rl_steps")
+    if "--rl_steps" in words:
+        words = ["--num_steps", words[words.index("--rl_steps") + 1], *words]
     base = ["--knowledge_base", prepared(folder, "knowledge_base"), "--queries", folder / "queries/train.jsonl"]
     call(agent_train, "configs/agent_tiny.py", *base, "--source", answering(), *words)
 

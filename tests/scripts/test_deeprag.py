@@ -35,7 +35,7 @@ def test_all_five_commands(tmp_path):
     for words in (
         ["prepare-data", "data=synthetic", "--num_documents", "60"],
         ["train-dsi", "--config-name=train/dsi_pretrain", "data=synthetic", "model=dsi_small", "training.max_steps=10"],
-        ["train-agent", "data=synthetic", "training.max_steps=1", "--num_steps", "1", "--queries_per_step", "2"],
+        ["train-agent", "data=synthetic", "training.max_steps=1", "--queries_per_step", "2"],
         ["train-joint", "data=synthetic", "training.max_steps=2"],
         ["evaluate-model", "data=synthetic", "training.max_steps=5", "--output", "eval"],
     ):

@@ -105,7 +105,7 @@ def test_wrong_content_is_located(tmp_path: Path, content: Any, message: str) ->
     ("data", "message"),
     [
         (b'{\n"data": [', r":2: not JSON"),
-        (gzip.compress(b'{"data": []}')[:-9], "damaged gzip file"),
+        (gzip.compress(b'{"data": []}', mtime=0)[:-9], "damaged gzip file"),
         (b'{"data": [\n"\xff"]}', r":2: not UTF-8 \(byte 0xff\)"),
         (b'{"data": ["\\ud800"]}', "half a surrogate pair"),
         (None, r"cannot be read \(No such file"),
