@@ -162,6 +162,8 @@ def make_phases(tasks: list, tokenizer: Tokenizer, config: Config, rows: int) ->
 def main() -> None:
     config = load_config(Config)
     print0(format_config(config))
+    if not 0 <= config.absent <= 1:
+        raise UserError(f"--absent {config.absent}: a share from 0 to 1")
     compute: Compute = compute_init(config.device, config.seed)
     tag = find_model_tag(config.source, config.model_tag)
     model, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), config.step, compute.device)

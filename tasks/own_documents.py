@@ -98,7 +98,7 @@ def split(
     queries: Sequence[dict[str, Any]], documents: Sequence[Document], seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """train, val and test, a tenth of the files each, or of the passages where files are few; nothing if there are
-    fewer than three to divide."""
+    fewer than three to divide. A question about files of different parts is left out."""
     by_file = len({d.metadata["text"] for d in documents}) >= 10
     group = {d.id: d.metadata["text"] if by_file else d.id for d in documents}
     groups = sorted({group[query["doc_ids"][0]] for query in queries})
@@ -109,5 +109,7 @@ def split(
     names = dict.fromkeys(groups[:size], "val") | dict.fromkeys(groups[size : 2 * size], "test")
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
     for query in queries:
-        parts[names.get(group[query["doc_ids"][0]], "train")].append(query)
+        part, *others = {names.get(group[id], "train") for id in query["doc_ids"]}
+        if not others:
+            parts[part].append(query)
     return parts

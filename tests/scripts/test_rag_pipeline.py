@@ -140,6 +140,7 @@ def test_bad_input_is_one_line(home, tmp_path):
     refused(run(home, finetune, *data(home), *RAG[2:], "--model_tag", "nope"), "nope", "tiny")
     refused(run(home, finetune, *data(home), *RAG, "--block_pattern", "T,T"), "block_pattern")
     refused(run(home, finetune, *data(home), *RAG, "--curriculum", "1:2"), "--curriculum")
+    refused(run(home, finetune, *data(home), *RAG, "--absent", "20"), "--absent")
     broken = tmp_path / "queries.jsonl"
     broken.write_text('{"id": "1", "query": "who?", "answers": ["x"], "doc_ids": ["nowhere"]}\n{"id": "2"')
     args = ["--knowledge_base", home / "ex/knowledge_base", "--queries", broken]

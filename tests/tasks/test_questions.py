@@ -229,6 +229,9 @@ def test_held_out_questions_are_about_other_files():
         "train": 16, "val": 2, "test": 2
     }  # fmt: skip
     assert not files["train"] & (files["val"] | files["test"]) and not files["val"] & files["test"]
+    train, test = (parts[name][0]["doc_ids"][0] for name in ("train", "test"))
+    both = {"id": "both", "query": "both", "answers": ["-"], "doc_ids": [train, test]}
+    assert split([*queries, both], documents, 0) == parts  # it would tell of a held-out file
     few = split(queries[:9], documents[:9], 0)  # three files: by passage
     assert {name: len(part) for name, part in few.items()} == {"train": 7, "val": 1, "test": 1}
     assert split(queries[:2], documents[:2], 0) == {}
