@@ -66,8 +66,8 @@ class Config(TrainConfig):
     quote: bool = False
     """Behind the numbers stands the sentence that the answer is in: "[2] “He was born in 1904.” 1904"."""
     absent: float = 0.0
-    """Share of the questions that are shown without the documents that answer them; the answer is then that the
-    documents do not say, as it is for questions without an answer."""
+    """Share of the questions asked whose documents are not among those shown; the answer is then that the documents do
+    not say, as it is for questions without an answer."""
     distractors: Literal["retrieved", "random"] = "retrieved"
     """The other documents of a context: those that a search finds, or any (for comparison)."""
     gold_first: bool = False
@@ -162,8 +162,8 @@ def make_phases(tasks: list, tokenizer: Tokenizer, config: Config, rows: int) ->
 def main() -> None:
     config = load_config(Config)
     print0(format_config(config))
-    if not 0 <= config.absent <= 1:
-        raise UserError(f"--absent {config.absent}: a share from 0 to 1")
+    if not 0 <= config.absent < 1:
+        raise UserError(f"--absent {config.absent}: a share, at least 0 and below 1")
     compute: Compute = compute_init(config.device, config.seed)
     tag = find_model_tag(config.source, config.model_tag)
     model, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), config.step, compute.device)

@@ -56,11 +56,13 @@ class RAGTask:
     """Conversations from questions with gold documents.
 
     queries: by the Query contract. Those without an answer are answered with metrics.ABSTENTION; those with an answer
-    and no gold document are left out. absent: share of the others that are shown without their gold documents, and
-    without any document that has the answer, and are answered so too. top_k: documents in a
+    and no gold document are left out. top_k: documents in a
     context. questions_per_document: every document shown, distractors too, is asked this many of the questions that it
     answers, as turns of one talk in random order, which gives more learned tokens for each token read. With more than a
     few, later questions can be answered from the earlier ones instead of from the documents. 0: the one question only.
+    absent: share of all these questions whose documents are not shown, nor any document that has the answer, and which
+    are answered with the abstention too. They are about documents that were found and left out, so that they resemble
+    those shown as closely as the answered ones do.
     cite: an answer begins with the numbers of the documents it comes from, "[2] 1904". The reader can check it, and the
     model has to find the document first. quote: behind the numbers stands the sentence that the answer is in, “...”.
     distractors: retrieved, or random ones; gold_first: the gold documents before the others. Both are for comparison:
@@ -87,7 +89,7 @@ class RAGTask:
         self.questions_per_document, self.cite, self.quote = questions_per_document, cite, quote
         self.absent, self.distractors, self.gold_first = absent, distractors, gold_first
         require_documents(manager, (i for q in self.queries for i in q["doc_ids"]))
-        self.found = retrieve_all(manager, [q["query"] for q in self.queries], top_k + 1)
+        self.found = retrieve_all(manager, [q["query"] for q in self.queries], (2 if absent else 1) * top_k + 1)
         self.asked_of: dict[str, list[int]] = defaultdict(list)  # document -> the questions it alone answers
         for i, query in enumerate(self.queries):
             if len(query["doc_ids"]) == 1:
@@ -100,17 +102,27 @@ class RAGTask:
     def __getitem__(self, index: int) -> Conversation:
         return self.conversation(index)
 
-    def context(self, index: int, rng: random.Random, top_k: int) -> list[str]:
-        """Document ids: the gold ones, and the best retrieved others up to top_k, shuffled."""
+    def context(self, index: int, rng: random.Random, top_k: int) -> tuple[list[str], list[str]]:
+        """Ids of the documents shown: the gold ones and the best retrieved others up to top_k, shuffled. And of those
+        left out to be asked about, the gold ones at times among them."""
         gold = list(dict.fromkeys(self.queries[index]["doc_ids"]))
-        if gold and self.absent and rng.random() < self.absent and (ids := self._without_answer(index, rng, top_k)):
-            return ids
-        ids = self._others(index, rng, max(0, top_k - len(gold)))
-        if self.gold_first:
-            return gold + ids
-        ids = gold + ids
-        rng.shuffle(ids)
-        return ids
+        spare = 0
+        if self.absent and self.questions_per_document:
+            wanted = top_k * self.absent / (1 - self.absent)
+            spare = int(wanted) + (rng.random() < wanted % 1)
+        if gold and self.absent and rng.random() < self.absent:
+            others = self._others(index, rng, top_k + spare)
+            away = self._leave_out(others, rng, spare)
+            ids = self._without_answer(self.queries[index], [i for i in others if i not in away])
+            if ids:
+                rng.shuffle(ids)
+                return ids, away
+        others = self._others(index, rng, max(0, top_k - len(gold)) + spare)
+        away = self._leave_out(others, rng, spare)
+        ids = [*gold, *(i for i in others if i not in away)]
+        if not self.gold_first:
+            rng.shuffle(ids)
+        return ids, away
 
     def _others(self, index: int, rng: random.Random, count: int) -> list[str]:
         gold = self.queries[index]["doc_ids"]
@@ -119,26 +131,32 @@ class RAGTask:
             return [i for i in drawn if i not in gold][:count]
         return [i for i in self.found[index] if i not in gold][:count]
 
-    def _without_answer(self, index: int, rng: random.Random, top_k: int) -> list[str]:
-        """Documents that the answer is not in."""
-        answers = [normalize_answer(answer) for answer in self.queries[index]["answers"]]
-        ids = []
-        for document in self.manager.documents(self._others(index, rng, top_k)):
+    def _leave_out(self, ids: Sequence[str], rng: random.Random, count: int) -> list[str]:
+        some = [i for i in ids if i in self.asked_of]
+        return rng.sample(some, min(count, len(some)))
+
+    def _without_answer(self, query: dict[str, Any], ids: Sequence[str]) -> list[str]:
+        """Those of the documents that the answer is not in."""
+        answers = [normalize_answer(answer) for answer in query["answers"]]
+        left = []
+        for document in self.manager.documents(ids):
             text = f" {normalize_answer(f'{document.title} {document.content}')} "
             if not any(f" {answer} " in text for answer in answers):
-                ids.append(document.id)
-        rng.shuffle(ids)
-        return ids
+                left.append(document.id)
+        return left
 
     def conversation(self, index: int, epoch: int = 0, top_k: int | None = None) -> Conversation:
         """The index-th example; another epoch shuffles documents and further questions anew."""
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        ids = self.context(index, rng, top_k or self.top_k)
+        ids, away = self.context(index, rng, top_k or self.top_k)
         asked = [index]
-        for doc in ids:
-            others = [i for i in self.asked_of[doc] if i != index]
+        for doc in [*ids, *away]:
+            others = [i for i in self.asked_of.get(doc, ()) if i != index]
             wanted = self.questions_per_document - (doc in self.queries[index]["doc_ids"])
-            asked += rng.sample(others, max(0, min(len(others), wanted)))
+            drawn = rng.sample(others, max(0, min(len(others), wanted)))
+            if doc in away:  # where a document shown has the answer, nothing is missing
+                drawn = [i for i in drawn if len(self._without_answer(self.queries[i], ids)) == len(ids)]
+            asked += drawn
         rng.shuffle(asked)
         documents = self.manager.documents(ids)
         shown = [document.to_dict(with_score=False) for document in documents]

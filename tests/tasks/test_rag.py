@@ -103,25 +103,46 @@ def test_queries_that_cannot_be_trained_on(manager):
         RAGTask([stray], manager)
 
 
+def holds(documents: list[dict], answer: str) -> bool:
+    texts = (f" {normalize_answer(d['title'] + ' ' + d['content'])} " for d in documents)
+    return any(f" {normalize_answer(answer)} " in text for text in texts)
+
+
 def test_a_question_whose_documents_are_left_out_is_not_answered(manager):
-    task = RAGTask(QUERIES, manager, top_k=4, questions_per_document=2, cite=True, absent=0.3, seed=1)
+    task = RAGTask(QUERIES, manager, top_k=4, questions_per_document=0, cite=True, absent=0.3, seed=1)
     away = 0
     for i, query in enumerate(QUERIES):
         conversation = task.conversation(i)
-        ids, asked = shown(conversation), dict(turns(conversation))
+        ids, [(question, said)] = shown(conversation), turns(conversation)
+        assert question == query["query"]
         if query["doc_ids"][0] in ids:
-            assert asked[query["query"]].endswith(query["answers"][0]) and len(ids) == 4
+            assert said.endswith(query["answers"][0]) and len(ids) == 4
         else:
             away += 1
-            assert asked[query["query"]] == ABSTENTION and ids
-            words = [normalize_answer(f"{d['title']} {d['content']}") for d in conversation["messages"][0]["documents"]]
-            answer = normalize_answer(query["answers"][0])
-            assert not any(re.search(rf"\b{re.escape(answer)}\b", text) for text in words)
-            # what is asked besides, of the documents that are there, is answered
-            others = {question: said for question, said in asked.items() if question != query["query"]}
-            assert all(said.startswith("[") for said in others.values())
+            assert said == ABSTENTION and ids
+            assert not holds(conversation["messages"][0]["documents"], query["answers"][0])
     assert away == pytest.approx(0.3 * len(QUERIES), rel=0.2)
     assert any(shown(task.conversation(i)) != shown(task.conversation(i, epoch=1)) for i in range(20))
+
+
+@pytest.mark.parametrize("absent", [0.2, 0.4])
+def test_a_share_of_all_questions_in_a_talk_is_about_documents_that_were_found_and_left_out(manager, absent):
+    task = RAGTask(QUERIES, manager, top_k=4, questions_per_document=1, cite=True, absent=absent, seed=1)
+    refused = asked = 0
+    for i, query in enumerate(QUERIES):
+        conversation = task.conversation(i)
+        ids = shown(conversation)
+        found = {d.id for d in manager.retrieve(query["query"], 9)} | set(query["doc_ids"])
+        assert set(ids) <= found
+        for question, said in turns(conversation):
+            asked += 1
+            owner = OWNER[question]
+            assert owner in found and (said == ABSTENTION) == (owner not in ids)
+            if said == ABSTENTION:
+                refused += 1
+                assert not holds(conversation["messages"][0]["documents"], ANSWER[question, owner])
+    # some are not asked: their answer stands in another document that is shown, or nobody asks about a val document
+    assert 0.75 * absent < refused / asked < 1.1 * absent
 
 
 def test_a_question_that_the_base_does_not_answer(manager):
