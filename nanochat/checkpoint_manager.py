@@ -3,6 +3,7 @@
     <base dir>/checkpoints/<source>/<model_tag>/step_000500/
         model.safetensors       parameters by name
         optimizer.safetensors   optimizer state by "parameter/state", whole tensors: any number of ranks reads it
+        lora.safetensors        where LoRA was trained: its matrices, which model.safetensors holds merged
         tokenizer.json          the tokenizer the model was trained with
         meta.json               model config, training config, step, data position, RNG, git revision
         COMPLETE                written last; a directory without it is ignored
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.model.lm import HybridLM, ModelConfig
+from nanochat.model.lora import has_lora, merged, save_adapter
 from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -96,10 +98,12 @@ def save_checkpoint(
 
     def write(directory: Path) -> None:
         # a tied weight is one tensor under two names; safetensors wants it once
-        tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+        tensors = {k: v.contiguous() for k, v in merged(model).items()}
         if model.config.tie_embeddings:
             del tensors["lm_head.weight"]
         save_file(tensors, directory / "model.safetensors")
+        if has_lora(model):
+            save_adapter(model, directory)
         if beside is not None:
             save_beside(directory, beside)
         if optimizer_state is not None:

@@ -27,6 +27,8 @@ from nanochat.config import config_to_dict, save_config
 from nanochat.model.fp8 import use_fp8
 from nanochat.model.kernels import set_ssm_kernel
 from nanochat.model.lm import IGNORE, HybridLM
+from nanochat.model.lora import FILE as LORA_FILE
+from nanochat.model.lora import has_lora, load_adapter
 from nanochat.optim import Optimizers
 from nanochat.report import write_report
 from nanochat.tokenizer import Tokenizer
@@ -385,9 +387,15 @@ def _resume(
         raise UserError(f"{run_dir} was trained with another tokenizer; use another --model_tag, or delete it")
     if saved.config != model.config:
         raise UserError(f"{run_dir} holds a model of another shape; use another --model_tag, or delete it")
-    model.load_state_dict(saved.state_dict())
+    directory = Path(meta["directory"])
+    if (directory / LORA_FILE).exists() != has_lora(model):
+        raise UserError(f"{run_dir} was trained {'without' if has_lora(model) else 'with'} LoRA: use another --model_tag")
+    if has_lora(model):
+        load_adapter(model, directory, saved.state_dict())
+    else:
+        model.load_state_dict(saved.state_dict())
     if beside is not None:
-        load_beside(Path(meta["directory"]), beside)
+        load_beside(directory, beside)
     if state is None:
         raise UserError(f"{run_dir} has no optimizer state to resume from")
     optimizers.load_state_dict(state)
@@ -398,9 +406,9 @@ def _resume(
 
 def _state_bytes(model: HybridLM) -> tuple[int, int]:
     """Bytes of weights and of optimizer state (Muon one moment, AdamW two), both float32."""
-    weights = 4 * model.num_parameters()
-    matrices = 4 * sum(p.numel() for n, p in model.blocks.named_parameters() if n.endswith("proj.weight"))
-    return weights, 2 * weights - matrices
+    trained = [(n, p.numel()) for n, p in model.named_parameters() if p.requires_grad]
+    state = 4 * sum(n * (1 if name.endswith("proj.weight") else 2) for name, n in trained)
+    return 4 * model.num_parameters(), state
 
 
 def _check_disk(run_dir: Path, model: HybridLM) -> None:

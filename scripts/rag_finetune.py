@@ -24,6 +24,7 @@ from nanochat.checkpoint_manager import checkpoint_root, find_model_tag, load_ch
 from nanochat.common import Compute, UserError, compute_cleanup, compute_init, print0, run_main
 from nanochat.config import format_config, load_config
 from nanochat.model.lm import HybridLM
+from nanochat.model.lora import add_lora
 from nanochat.packing import PackedBatches
 from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import read_queries
@@ -91,6 +92,11 @@ class Config(TrainConfig):
     """Length of a training row in tokens."""
     init_lr_frac: float = 0.1
     """Scales every learning rate; 1 for very small models that still have to learn lookup."""
+    lora_rank: int = 0
+    """Train low-rank matrices beside the blocks' projections instead of the weights (LoRA); 0: all weights. They learn
+    at scalar_lr, and checkpoints hold the model with them merged."""
+    lora_alpha: float = 32.0
+    """LoRA's matrices are scaled by this over their rank."""
 
 
 def check_pattern(model: HybridLM, config: Config) -> None:
@@ -164,10 +170,18 @@ def main() -> None:
     print0(format_config(config))
     if not 0 <= config.absent < 1:
         raise UserError(f"--absent {config.absent}: a share, at least 0 and below 1")
+    if config.lora_rank < 0:
+        raise UserError(f"--lora_rank {config.lora_rank}: at least 1, or 0 to train all weights")
+    if config.lora_rank and (config.fp8 or config.fp8_emulate):
+        raise UserError("--lora_rank and --fp8 cannot be combined: 8-bit products are of weights that learn")
     compute: Compute = compute_init(config.device, config.seed)
     tag = find_model_tag(config.source, config.model_tag)
     model, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), config.step, compute.device)
     check_pattern(model, config)
+    if config.lora_rank:
+        adapted = add_lora(model, config.lora_rank, config.lora_alpha)
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print0(f"LoRA of rank {config.lora_rank} on {adapted} projections: {learned:,} parameters learn")
     manager = RetrievalManager(config.retriever_type, config.knowledge_base)
     queries = [q for path in config.queries for q in read_queries(path)]
     base = load_tasks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,3 +193,25 @@ def test_two_processes_give_the_losses_of_one(home):
     assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4, 5, 6]
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True)) < 1e-4
     assert abs(one[-1]["val_loss"] - two[-1]["val_loss"]) < 1e-4
+
+
+def test_lora_resumed_equals_unbroken_and_is_saved_merged(home):
+    pytest.importorskip("peft")
+    from nanochat.checkpoint_manager import load_checkpoint
+
+    args = [*data(home), *RAG, *TINY, "--lora_rank", 4, "--init_lr_frac", 1, "--save_every", 2, "--resume", "auto"]
+    (home / "checkpoints/mid/lora").symlink_to(home / "checkpoints/mid/tiny")
+    args += ["--model_tag", "lora"]
+    done = run(home, "scripts.rag_finetune", *args)
+    out = ok(done)
+    assert not done.stderr
+    assert "LoRA of rank 4 on 11 projections" in out
+    unbroken = curve(metrics(home, "rag", "lora"))
+    base, rag = (load_checkpoint(home / "checkpoints" / of / "lora")[0].state_dict() for of in ("mid", "rag"))
+    changed = {name for name in base if not base[name].equal(rag[name])}
+    assert len(changed) == 11 and "blocks.0.mixer.out_proj.weight" not in changed
+    shutil.rmtree(home / "checkpoints/rag/lora/step_000004")
+    refused(run(home, "scripts.rag_finetune", *args, "--lora_rank", 0), "with LoRA", "--model_tag")
+    assert "resuming" in ok(run(home, "scripts.rag_finetune", *args))
+    assert curve(metrics(home, "rag", "lora")) == unbroken and len(unbroken) == 4
+    refused(run(home, "scripts.rag_finetune", *args, "--lora_rank", -1), "--lora_rank")
