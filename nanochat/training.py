@@ -60,6 +60,8 @@ class TrainConfig:
     """Rows in one forward pass on one device; lower it when memory runs out, the result stays the same."""
     total_batch_size: int = 65536
     """Tokens in one optimizer step, over all devices (rounded down to whole rows)."""
+    grad_accum_steps: int = 0
+    """Forward passes of device_batch_size rows on each device in one optimizer step; 0: as total_batch_size needs."""
     num_steps: int = -1
     """Optimizer steps; -1: from num_epochs."""
     num_epochs: float = 1.0
@@ -160,6 +162,10 @@ def lr_scale(config: TrainConfig, step: int, progress: float) -> float:
 
 
 def rows_per_step(config: TrainConfig, world_size: int) -> int:
+    if config.grad_accum_steps < 0:
+        raise UserError(f"--grad_accum_steps {config.grad_accum_steps}: at least 1, or 0 to go by --total_batch_size")
+    if config.grad_accum_steps:
+        return config.grad_accum_steps * config.device_batch_size * world_size
     rows = config.total_batch_size // config.max_seq_len
     if rows < world_size:
         raise UserError(

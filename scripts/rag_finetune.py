@@ -48,8 +48,9 @@ class Config(TrainConfig):
     """simple, bm25, dense or hybrid."""
     top_k: int = 5
     """Documents in a context."""
-    queries: list[Path] = field(default_factory=list)
-    """Question files (queries/train.jsonl), separated by commas."""
+    queries: list[Path] | None = None
+    """Question files, separated by commas; by default queries/train.jsonl beside the knowledge base, where there is
+    one. Empty: none."""
     val_queries: Path | None = None
     """Questions for validation; by default a tenth of the queries, at most 200, is held out."""
     base_tasks: list[str] = field(default_factory=lambda: ["SmolTalk"])
@@ -114,6 +115,16 @@ def check_pattern(model: HybridLM, config: Config) -> None:
             f"block_pattern {','.join(pattern)} has no Mamba block; train a base model with one that has, such as "
             f"--block_pattern {mixed}, or use --allow_transformer for a baseline"
         )
+
+
+def question_files(config: Config) -> list[Path]:
+    if config.queries is not None:
+        return config.queries
+    beside = config.knowledge_base.parent / "queries/train.jsonl"
+    if beside.exists():
+        print0(f"queries: {beside}")
+        return [beside]
+    return []
 
 
 def parse_curriculum(stages: list[str], top_k: int) -> list[tuple[int, int, float]]:
@@ -183,7 +194,7 @@ def main() -> None:
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print0(f"LoRA of rank {config.lora_rank} on {adapted} projections: {learned:,} parameters learn")
     manager = RetrievalManager(config.retriever_type, config.knowledge_base)
-    queries = [q for path in config.queries for q in read_queries(path)]
+    queries = [q for path in question_files(config) for q in read_queries(path)]
     base = load_tasks(
         config.base_tasks, {"smoltalk": config.smoltalk_path, "dolly": config.dolly_path}, config.task_samples
     )
