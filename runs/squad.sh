@@ -2,7 +2,8 @@
 # The whole path on real text: Wikipedia and Dolly to learn from, SQuAD 1.1 to answer questions about.
 #     NANOCHAT_DATA=folder bash runs/squad.sh [--minutes 60]
 # The folder holds wiki_core.jsonl.gz, wiki_2018plus.jsonl.gz, dolly15k.jsonl.gz, squad11_train.json.gz and
-# squad11_dev.json.gz. --minutes bounds the training time; preparing and evaluating come on top. Output: data/squad_run.
+# squad11_dev.json.gz; with squad20_dev.json.gz, half of whose questions have no answer, there is a second table.
+# --minutes bounds the training time; preparing and evaluating come on top. Output: data/squad_run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 minutes=60
@@ -22,13 +23,24 @@ export NANOCHAT_BASE_DIR=$PWD/data/squad_run
 squad=data/squad_run/squad
 share() { python -c "print(round($minutes * $1, 2))"; }
 
-python -m scripts.prepare_rag_dataset --mode squad --input "$NANOCHAT_DATA/squad11_train.json.gz" \
-    --dev_input "$NANOCHAT_DATA/squad11_dev.json.gz" --output $squad --retriever_type bm25
+prepare() { # DEV_FILE OUTPUT
+    python -m scripts.prepare_rag_dataset --mode squad --input "$NANOCHAT_DATA/squad11_train.json.gz" \
+        --dev_input "$NANOCHAT_DATA/$1" --output "$2" --retriever_type bm25
+}
+evaluate() { # DATA OUTPUT
+    python -m scripts.rag_eval --knowledge_base "$1/test_knowledge_base" --queries "$1/queries/test.jsonl" \
+        --systems closed,simple,bm25,gold --num_questions 2000 --output "$2" --json
+}
+
+prepare squad11_dev.json.gz $squad
 wiki=$NANOCHAT_DATA/wiki_core.jsonl.gz,$NANOCHAT_DATA/wiki_2018plus.jsonl.gz
 python -m scripts.tok_train --input "$wiki" --vocab_size 4096 --max_chars 60000000
 python -m scripts.base_train configs/squad_base.py --input "$wiki" --max_minutes "$(share 0.25)"
 python -m scripts.chat_sft configs/squad_sft.py --dolly_path "$NANOCHAT_DATA/dolly15k.jsonl.gz" --max_minutes "$(share 0.05)"
 python -m scripts.rag_finetune configs/squad_rag.py --knowledge_base $squad/knowledge_base \
     --queries $squad/queries/train.jsonl --val_queries $squad/queries/val.jsonl --max_minutes "$(share 0.7)"
-python -m scripts.rag_eval --knowledge_base $squad/test_knowledge_base --queries $squad/queries/test.jsonl \
-    --num_questions 2000 --output data/squad_run/eval --json
+evaluate $squad data/squad_run/eval
+if [ -f "$NANOCHAT_DATA/squad20_dev.json.gz" ]; then
+    prepare squad20_dev.json.gz data/squad_run/squad2
+    evaluate data/squad_run/squad2 data/squad_run/eval2
+fi
