@@ -395,7 +395,9 @@ def _resume(
         raise UserError(f"{run_dir} holds a model of another shape; use another --model_tag, or delete it")
     directory = Path(meta["directory"])
     if (directory / LORA_FILE).exists() != has_lora(model):
-        raise UserError(f"{run_dir} was trained {'without' if has_lora(model) else 'with'} LoRA: use another --model_tag")
+        raise UserError(
+            f"{run_dir} was trained {'without' if has_lora(model) else 'with'} LoRA: use another --model_tag"
+        )
     if has_lora(model):
         load_adapter(model, directory, saved.state_dict())
     else:

@@ -14,12 +14,11 @@ from urllib.parse import quote
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from nanochat.citations import Source, cited_passages
 from nanochat.common import UserError
 from nanochat.conversation import answer_text, render_prompt
 from nanochat.engine import Engine
-from nanochat.metrics import normalize_answer, stated_answer
 from nanochat.retrieval import Document, RetrievalManager
-from nanochat.retrieval.chunking import sentences
 from nanochat.sampling import Sampling
 from nanochat.searching import Request as Asked
 from nanochat.searching import Searching
@@ -82,15 +81,6 @@ class Completion(BaseModel):
     knowledge_base: str | None = None
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = None
     retrieval: bool = True
-
-
-@dataclass
-class Source:
-    """A document that stands behind an answer, under its number."""
-
-    number: int
-    document: Document
-    read: bool = True  # False: it did not fit what the model can read
 
 
 class Refused(HTTPException):
@@ -239,28 +229,12 @@ def _before_stop(text: str, stop: tuple[str, ...]) -> str:
 
 def describe(sources: list[Source], question: str = "", answer: str = "") -> list[dict[str, Any]]:
     """Sources for the client; of those that the answer cites, the passage (start, end) of the content that says it."""
-    cited = {int(number) for number in _CITED.findall(answer)}
-    found = []
-    for source in sources:
-        document = source.document
-        one = {"number": source.number, "read": source.read, **document.to_dict()}
-        if source.number in cited and (passage := find_passage(question, stated_answer(answer), document.content)):
-            one["passage"] = passage
-        found.append(one)
-    return found
-
-
-def find_passage(question: str, answer: str, content: str) -> tuple[int, int] | None:
-    """The sentence that has most words of the answer, and among such the one with most of the question; None if none
-    has any of the answer."""
-    said, asked = set(normalize_answer(answer).split()), set(normalize_answer(question).split())
-    best, found = (0, 0), None
-    for start, end in sentences(content):
-        words = set(normalize_answer(content[start:end]).split())
-        shared = len(said & words), len(asked & words)
-        if shared[0] and shared > best:
-            best, found = shared, (start, end)
-    return found
+    passages = cited_passages(sources, question, answer)
+    return [
+        {"number": source.number, "read": source.read, **source.document.to_dict()}
+        | ({"passage": passages[source.number]} if source.number in passages else {})
+        for source in sources
+    ]
 
 
 def annotate(answer: str, sources: list[Source], place: str) -> list[dict[str, Any]]:

@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, run_main
+from nanochat.citations import Source, cited_passages
+from nanochat.common import UserError, compute_cleanup, compute_init, run_main
 from nanochat.config import load_config
 from nanochat.conversation import answer_ids, count_documents, render_prompt
 from nanochat.engine import Engine
-from nanochat.kg.documents import fact_of
-from nanochat.kg.drawing import ARROWS, PLAIN, draw
-from nanochat.retrieval import Document, RetrievalManager
+from nanochat.retrieval import RetrievalManager
 from nanochat.sampling import Sampling
 from nanochat.searching import Request, Searching
+from scripts._terminal import Screen, one_line, read_questions
 
 
 @dataclass
@@ -65,17 +62,6 @@ class Config:
     """auto, cpu, cuda or mps."""
 
 
-@dataclass
-class Source:
-    """A document that was found for a question."""
-
-    number: int
-    """The [n] under which the model sees it."""
-    document: Document
-    read: bool = True
-    """False: it did not fit the model's length, so the model has not seen it."""
-
-
 class ChatSession:
     """One talk: what was said, what was found, and the settings that may change on the way. Prints nothing."""
 
@@ -101,12 +87,26 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         self.sources: list[Source] = []
         self.searches: list[str] = []  # that the model wrote for the last answer
+        self.last = ("", "")  # question and answer
+        self.earlier: list[tuple[list[dict[str, Any]], tuple[str, str]]] = []  # the talk before each question
         self.reset()
 
     def reset(self) -> None:
         """Forget the talk."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.sources, self.searches, self.last, self.earlier = [], [], ("", ""), []
+
+    def undo(self) -> bool:
+        """Forget the last question and its answer; False where there is none."""
+        if not self.earlier:
+            return False
+        self.messages, self.last = self.earlier.pop()
         self.sources, self.searches = [], []
+        return True
+
+    def _keep(self, messages: list[dict[str, Any]], question: str, said: str, sources: list[Source]) -> None:
+        self.earlier.append((self.messages, self.last))
+        self.messages, self.last, self.sources = messages, (question, said), sources
 
     def ask(self, question: str) -> Iterator[str]:
         """Find documents, then stream the answer's text. The talk keeps what was streamed, also of an answer that is
@@ -145,8 +145,7 @@ class ChatSession:
             complete = True
         finally:
             if complete or streamed:
-                self.messages = [*messages, {"role": "assistant", "content": streamed}]
-                self.sources = sources
+                self._keep([*messages, {"role": "assistant", "content": streamed}], question, streamed, sources)
 
     def _ask_searching(self, question: str) -> Iterator[str]:
         """The same where the model searches for itself while it answers."""
@@ -176,8 +175,8 @@ class ChatSession:
             if complete or streamed:
                 first = count_documents({"messages": self.messages}) + 1
                 found = [document for hop in request.hops for document in hop.documents]
-                self.messages = [*messages, request.message()]
-                self.sources = [Source(first + i, document) for i, document in enumerate(found)]
+                sources = [Source(first + i, document) for i, document in enumerate(found)]
+                self._keep([*messages, request.message()], question, streamed, sources)
                 self.searches = [hop.query for hop in request.hops]
 
     def _text(self, ids: Iterator[int]) -> Iterator[str]:
@@ -196,97 +195,20 @@ def open_manager(retriever_type: str | None, path: str | Path) -> RetrievalManag
         return RetrievalManager(retriever_type, Path(path).expanduser())
 
 
-# --- what is shown
-
-# ESC [ ... letter; ESC ] ... BEL or ESC \\ (and its kin); ESC and a letter
-_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
-# C0, DEL and C1 but for tab and newline, and the marks that reverse the order of what is read
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """Text from documents or the model, without what a terminal would obey: escape sequences, control characters."""
-    return _CONTROL.sub("", _ESCAPE_SEQUENCE.sub("", text))
-
-
-def format_source(source: Source, full: bool = False) -> str:
-    document = source.document
-    label = " ".join(printable(document.title).split()) or printable(document.id)
-    line = _source_line(source, label)
-    if not full:
-        return line
-    origin = f"{document.id}, {document.source}" if document.source else document.id
-    return f"{line}\n{' '.join(printable(origin).split())}\n{printable(document.content)}"
-
-
-def _source_line(source: Source, label: str) -> str:
-    unread = "" if source.read else "  (did not fit, not read)"
-    return f"[{source.number}] {source.document.score:.3f}  {label}{unread}"
-
-
-def format_sources(sources: Sequence[Source], encoding: str | None = "utf-8") -> list[str]:
-    """A line for each; facts of a graph are drawn as one, with arrows that the encoding has."""
-    facts = [fact_of(source.document) for source in sources]
-    if None in facts:
-        return [format_source(source) for source in sources]
-    try:
-        ARROWS.encode(encoding or "ascii")
-        arrows = ARROWS
-    except (UnicodeEncodeError, LookupError):
-        arrows = PLAIN
-    shown = [tuple(" ".join(printable(part).split()) for part in fact) for fact in facts]
-    return [_source_line(sources[at], line) for at, line in draw(shown, arrows)]
-
-
-class Screen:
-    """Standard output: with prompt and dimmed sources on a terminal, plain elsewhere."""
-
-    def __init__(self) -> None:
-        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        styled = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        self.dim, self.normal = ("\x1b[2m", "\x1b[0m") if styled else ("", "")
-
-    def write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def answer(self, session: ChatSession, question: str) -> None:
-        """Stream one answer and list its sources. On a terminal Ctrl-C stops the answer and keeps what came."""
-        before, stopped = session.sources, False
-        pieces = session.ask(question)
-        try:
-            with collected_interrupts(self.interactive) as pressed:
-                self.write(printable(next(pieces, "(the model gave no answer)")))
-                for piece in pieces:
-                    self.write(printable(piece))
-                    if pressed:
-                        raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            if not self.interactive:
-                raise
-            stopped = True
-        finally:
-            pieces.close()
-        self.write(" (stopped)\n" if stopped else "\n")
-        if session.sources is not before:  # not stopped before its first word
-            shown = format_sources(session.sources, sys.stdout.encoding)
-            lines = [f"  {line}" for line in shown] or ["  none found"]
-            searches = [f"searched: {' '.join(printable(query).split())}" for query in session.searches]
-            self.write(self.dim + "\n".join([*searches, "sources:", *lines]) + self.normal + "\n")
-
-
 # --- commands
 
 HELP = """\
+/sources    the last sources in full, with the sentences that the answer rests on; /sources N: only [N]
+/undo       take back the last question and its answer
+/reset      forget the talk
 /kb PATH    answer from another knowledge base (alone: which one is in use)
 /topk N     documents to find for each question
-/sources    the full text of the last sources
-/reset      forget the talk
 /help       this
-/quit       leave (also Ctrl-D); Ctrl-C stops an answer"""
+/quit       leave (also Ctrl-D); Ctrl-C stops an answer
+A line that ends in \\ goes on in the next one; so does all between two \"\"\". Arrow-up has what was asked before."""
 
 
-def run_command(session: ChatSession, line: str, retriever_type: str | None = None) -> str | None:
+def run_command(session: ChatSession, screen: Screen, line: str, retriever_type: str | None = None) -> str | None:
     """Do one line that begins with a slash. Returns what to show, or None to leave."""
     name, _, argument = line.strip().partition(" ")
     argument = argument.strip()
@@ -297,8 +219,16 @@ def run_command(session: ChatSession, line: str, retriever_type: str | None = No
     if name == "/reset":
         session.reset()
         return "the talk is forgotten"
+    if name == "/undo":
+        return "taken back" if session.undo() else "nothing was said yet"
     if name == "/sources":
-        return "\n\n".join(format_source(source, full=True) for source in session.sources) or "no sources yet"
+        if not session.sources:
+            return "no sources yet"
+        chosen = [s for s in session.sources if argument.strip("[]") in ("", str(s.number))]
+        if not chosen:
+            first, last = session.sources[0].number, session.sources[-1].number
+            raise UserError(f"/sources {argument}: the last answer's sources are {first} to {last}")
+        return screen.full_sources(chosen, cited_passages(chosen, *session.last))
     if name == "/topk":
         if argument:
             if not argument.isdecimal() or int(argument) < 1:
@@ -319,79 +249,30 @@ def describe(manager: RetrievalManager) -> str:
 # --- the loop
 
 
-def read_lines(screen: Screen) -> Iterator[str]:
-    """Lines of standard input, after a prompt where a person is at both ends."""
-    if not screen.interactive:
-        yield from sys.stdin
-        return
-    with line_history():
-        while True:
-            try:
-                yield input("> ")
-            except EOFError:
-                screen.write("\n")
-                return
-            except KeyboardInterrupt:
-                screen.write("\n(Ctrl-D or /quit to leave)\n")
-
-
-@contextlib.contextmanager
-def collected_interrupts(active: bool) -> Iterator[list[int]]:
-    """The first Ctrl-C is only noted, to be seen between two tokens: an exception out of the middle of a step can get
-    lost in compiled code, or leave a state half changed. The second one interrupts wherever it comes."""
-    pressed: list[int] = []
-
-    def press(number: int, frame: object) -> None:
-        pressed.append(number)
-        if len(pressed) > 1:
-            raise KeyboardInterrupt
-
-    if not active or threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def line_history() -> Iterator[None]:
-    """Line editing, and the questions of earlier talks under arrow-up, where Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    path = get_base_dir() / "rag_chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
+def answer(session: ChatSession, screen: Screen, question: str) -> None:
+    """Stream one answer and list its sources."""
+    before = session.sources
+    screen.answer(session.ask(question))
+    if session.sources is not before:  # not stopped before its first word
+        screen.sources(session.sources, session.searches)
 
 
 def chat(session: ChatSession, screen: Screen, retriever_type: str | None = None) -> None:
-    """Answer line after line until the input ends. A line that cannot be answered costs one line on stderr."""
-    for line in read_lines(screen):
-        line = line.strip()
-        if not line:
+    """Answer question after question until the input ends. One that cannot be answered costs one line on stderr."""
+    for question in read_questions(screen):
+        if not question:
             continue
         try:
-            if line.startswith("/"):
-                shown = run_command(session, line, retriever_type)
+            if question.startswith("/"):
+                shown = run_command(session, screen, question, retriever_type)
                 if shown is None:
                     return
                 screen.write(shown + "\n\n")
             else:
-                screen.answer(session, line)
+                answer(session, screen, question)
                 screen.write("\n")
         except UserError as error:
-            print("error: " + " ".join(printable(str(error)).split()), file=sys.stderr, flush=True)
+            print("error: " + one_line(str(error)), file=sys.stderr, flush=True)
         except KeyboardInterrupt:  # meant for an answer that had just ended
             if not screen.interactive:
                 raise
@@ -425,7 +306,7 @@ def main() -> None:
     screen = Screen()
     try:
         if config.prompt is not None:
-            screen.answer(session, config.prompt)
+            answer(session, screen, config.prompt)
         else:
             if screen.interactive:
                 screen.write(f"{describe(manager)}\n/help lists the commands\n")

@@ -27,7 +27,9 @@ def add_lora(model: HybridLM, rank: int, alpha: float) -> int:
         with quiet():
             from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError('LoRA needs peft: pip install "nanochat[lora]"; without --lora_rank all weights learn') from None
+        raise UserError(
+            'LoRA needs peft: pip install "nanochat[lora]"; without --lora_rank all weights learn'
+        ) from None
     targets = [
         name
         for name, module in model.named_modules()
@@ -50,9 +52,7 @@ def merged(model: HybridLM) -> dict[str, Tensor]:
     """The state dict of a model without adapters that computes the same: theirs are added to the weights."""
     if not has_lora(model):
         return model.state_dict()
-    tensors = {
-        name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name
-    }
+    tensors = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
             tensors[f"{name}.weight"] = module.base_layer.weight + module.get_delta_weight(_NAME)

@@ -24,7 +24,8 @@ httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 import uvicorn  # noqa: E402
 
-from scripts._completions import Source, annotate, describe, find_passage  # noqa: E402
+from nanochat.citations import Source, find_passage  # noqa: E402
+from scripts._completions import annotate, describe  # noqa: E402
 from scripts.chat_web import Config, create_app, open_bases  # noqa: E402
 
 JSON = {"Content-Type": "application/json"}

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from nanochat.checkpoint_manager import checkpoint_root, save_checkpoint
+from nanochat.citations import Source
 from nanochat.common import UserError
 from nanochat.kg.documents import fact_document
 from nanochat.kg.gnn import FactRetriever, RetrieverConfig
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.retrieval.__main__ import main as retrieval
 from nanochat.retrieval.document import write_jsonl
-from scripts.rag_chat import Source, format_sources
+from scripts._terminal import format_sources
 from scripts.rag_eval import main as rag_eval
 
 REPOSITORY = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import select
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_root, save_checkpoint
+from nanochat.citations import Source, cited_passages
 from nanochat.common import UserError
 from nanochat.conversation import render_prompt
 from nanochat.engine import Engine
@@ -22,9 +24,11 @@ from nanochat.retrieval.document import Document
 from nanochat.retrieval.knowledge_base import build_knowledge_base
 from nanochat.retrieval.manager import RetrievalManager
 from scripts import rag_chat
-from scripts.rag_chat import ChatSession, format_source, printable, run_command
+from scripts._terminal import Screen, full_source, printable, read_questions, source_line
+from scripts.rag_chat import ChatSession, run_command
 
 REPOSITORY = Path(__file__).parents[2]
+SCREEN = Screen()
 QUESTION = "When was the bridge built?"
 DOCUMENTS = [
     Document("bridge", "The bridge", "The old bridge was built in 1987.", source="guide.txt"),
@@ -211,7 +215,10 @@ def test_at_a_terminal(home):
     try:
         banner = until(rb"> $")
         assert b"3 documents, bm25" in banner and b"/help lists the commands" in banner
-        until(rb"built\?\r\n.{20}", QUESTION.encode() + b"\r")  # the answer has begun, and would go on for long
+        begun = until(
+            rb"built\?\r\n.*reading.*\x1b\[2K[^\x1b]{3}", QUESTION.encode() + b"\r"
+        )  # and would go on for long
+        assert b"sources" not in begun
         stopped = until(rb"> $", b"\x03")
         assert b"(stopped)" in stopped
         assert b"\x1b[2msources:" in stopped and b"[1] " in stopped
@@ -303,7 +310,7 @@ def test_over_the_models_length_old_documents_go_and_the_sources_say_what_was_no
         assert length + room <= limit
         assert (length > alone) == (limit == 10_000)  # the past was read while there was room for it
         session.messages = before
-    assert "(did not fit, not read)" in format_source(session.sources[1])
+    assert "(did not fit, not read)" in source_line(session.sources[1])
 
     session.max_seq_len = 20
     before, sources = session.messages, session.sources
@@ -383,24 +390,77 @@ def test_sampled_answers_are_reproducible_and_differ_when_asked_again(session):
     assert first != second
 
 
+def test_what_was_said_last_is_taken_back(session):
+    assert not session.undo()
+    first = ask(session, QUESTION)
+    before, last = session.messages, session.last
+    assert last == (QUESTION, first)
+    session.temperature = 1.0
+    second = ask(session, "Is the mountain old?")
+    assert session.undo() and (session.messages, session.last, session.sources) == (before, last, [])
+    assert ask(session, "Is the mountain old?") == second  # as if for the first time
+    assert session.undo() and session.undo() and session.messages == []
+    assert not session.undo()
+
+
+def test_sources_in_full_with_the_sentence_that_the_answer_rests_on(session):
+    bridge = Document(
+        "bridge", "The bridge", "It is \x1b[31mstone. It was built in 1987. It is long.", score=1.5, source="g.txt"
+    )
+    sources = [Source(3, bridge), Source(4, DOCUMENTS[1], read=False)]
+    passages = cited_passages(sources, QUESTION, "[3] 1987")
+    assert full_source(sources[0], passages[3], ("<", ">")) == (
+        "[3] 1.500  The bridge\nbridge, g.txt\nIt is stone. <It was built in 1987.> It is long."
+    )
+    assert list(passages) == [3] and not cited_passages(sources, QUESTION, "1987")
+    assert not cited_passages(sources, QUESTION, "[3] The documents do not say.")
+    session.sources, session.last = sources, (QUESTION, "[3] 1987")
+    both = run_command(session, SCREEN, "/sources")
+    assert "**It was built in 1987.**" in both and "The river runs under the bridge." in both
+    for number in ("4", "[4]"):
+        shown = run_command(session, SCREEN, f"/sources {number}")
+        assert "The river" in shown and "stone" not in shown and "not read" in shown
+    with pytest.raises(UserError, match="sources are 3 to 4"):
+        run_command(session, SCREEN, "/sources 1")
+
+
+@pytest.mark.parametrize(
+    ("typed", "asked"),
+    [
+        ("one\ntwo\n", ["one", "two"]),
+        ("one\\\ntwo\nthree", ["one\ntwo", "three"]),
+        ('"""a\n\n  b"""\nc\n', ["a\n\n  b", "c"]),
+        ('"""\na\\\nb\n"""\nc', ["a\\\nb", "c"]),
+        ('"""one line"""\nnext', ["one line", "next"]),
+        ('"""never closed\nx', ["never closed\nx"]),
+        ("ends in \\", ["ends in"]),
+        ("", []),
+        ("\n \n", ["", ""]),
+    ],
+)
+def test_a_question_of_several_lines(typed, asked, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert list(read_questions(SCREEN)) == asked
+
+
 def test_commands(session, home):
-    assert run_command(session, "/quit") is None
-    assert "/sources" in run_command(session, "/help")
-    assert run_command(session, "/topk") == "2 documents for each question"
-    run_command(session, "/topk 7")
+    assert run_command(session, SCREEN, "/quit") is None
+    assert "/sources" in run_command(session, SCREEN, "/help")
+    assert run_command(session, SCREEN, "/topk") == "2 documents for each question"
+    run_command(session, SCREEN, "/topk 7")
     assert session.top_k == 7
     for bad in ("0", "-1", "x", "1.5"):
         with pytest.raises(UserError, match="/topk takes a number"):
-            run_command(session, f"/topk {bad}")
+            run_command(session, SCREEN, f"/topk {bad}")
     old = session.manager
     with pytest.raises(UserError, match="no knowledge base"):
-        run_command(session, "/kb nowhere")
+        run_command(session, SCREEN, "/kb nowhere")
     assert session.manager is old and session.top_k == 7
-    assert "other kb" in run_command(session, f"/kb {home / 'other kb'}", "simple")
+    assert "other kb" in run_command(session, SCREEN, f"/kb {home / 'other kb'}", "simple")
     assert session.manager is not old
-    assert run_command(session, "/kb") == rag_chat.describe(session.manager)
+    assert run_command(session, SCREEN, "/kb") == rag_chat.describe(session.manager)
     with pytest.raises(UserError, match="unknown command /topkk"):
-        run_command(session, "/topkk 3")
+        run_command(session, SCREEN, "/topkk 3")
 
 
 @pytest.mark.parametrize(
