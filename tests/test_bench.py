@@ -131,3 +131,9 @@ def test_kg(tmp_path):
     assert [figures[f"subgraph_recall_{hops}hop"] for hops in (1, 2, 3)] == [1, 1, 1]
     assert {"load_1m_s", "build_1m_s", "build_10m_s", "peak_10m_gb", "linker_1m_s"} <= set(figures)
     assert figures["mine_1m_questions_per_s"] > 0 and figures["mine_over_networkx_3hop"] > 0
+
+
+def test_rag():
+    sizes = ["--width", "64", "--block_pattern", "M,T", "--num_documents", "60", "--examples", "60"]
+    figures = figures_of("rag", *sizes, "--max_seq_len", "1024", "--rows", "1", "--steps", "1", "--rounds", "2")
+    assert set(figures) == {"rag_over_sft_step", "rag_over_sft_step_alone"} and min(figures.values()) > 0

@@ -368,9 +368,13 @@ def test_the_page_in_a_browser(server, tmp_path: Path):
         page.locator(".cite").click()
         assert page.locator("#source-0-2[open] mark").inner_text() == "Two."
         with page.expect_download() as download:
-            page.click("#export")
+            page.select_option("#export", "JSON")
         saved = json.loads(Path(download.value.path()).read_text())
         assert saved["model"] == "rag-tiny" and saved["turns"][0]["answer"] == "[2] it"
+        with page.expect_download() as download:
+            page.select_option("#export", "Markdown")
+        text = Path(download.value.path()).read_text()
+        assert text == "> q\n\n[2] it\n\nSources:\n\n- [1] T\n- [2] T: “Two.”\n"
         # stopping
         server.app.state.chat.limits.max_tokens, before = 1800, server.app.state.chat.limits.max_tokens
         try:
