@@ -14,13 +14,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 
-def figures_of(module: str, *arguments: str) -> dict[str, float]:
+def figures_of(module: str, *arguments: str, **environment: str) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{module}", "--json", *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         timeout=300,
         check=False,
     )
@@ -137,3 +137,16 @@ def test_rag():
     sizes = ["--width", "64", "--block_pattern", "M,T", "--num_documents", "60", "--examples", "60"]
     figures = figures_of("rag", *sizes, "--max_seq_len", "1024", "--rows", "1", "--steps", "1", "--rounds", "2")
     assert set(figures) == {"rag_over_sft_step", "rag_over_sft_step_alone"} and min(figures.values()) > 0
+
+
+def test_own(tmp_path):
+    for package in ("fpdf", "docx"):
+        pytest.importorskip(package)
+    sentences = [f"The Hall of Town {n} was opened in {1900 + n} by the mayor of Town {n}. " * 20 for n in range(12)]
+    with gzip.open(tmp_path / "wiki_2018plus.jsonl.gz", "wt") as file:
+        for n, text in enumerate(sentences):
+            file.write(json.dumps({"title": f"Hall {n}", "text": f"Hall {n} is a hall in Town {n}.\n\n{text}"}) + "\n")
+    where = {"NANOCHAT_DATA": str(tmp_path)}
+    figures = figures_of("own", "--output", str(tmp_path / "own"), "--files", "12", **where)
+    assert figures["files"] == 15 and figures["files_read"] == 12 and figures["passages"] >= 12
+    assert figures["questions_train"] > figures["questions_test"] > 0

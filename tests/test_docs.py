@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SMALLER = {
@@ -49,13 +52,53 @@ def commands(file: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
+def environment(home: Path) -> dict[str, str]:
+    own = {"NANOCHAT_BASE_DIR": str(home), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own}
+
+
 def run(words: list[str], cwd: Path, home: Path) -> str:
-    environment = {"NANOCHAT_BASE_DIR": str(home), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        words, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(words, cwd=cwd, env=environment(home), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-2000:]}"
     return done.stdout
+
+
+def serve_once(words: list[str], cwd: Path, home: Path) -> None:
+    """Start a server, ask it one thing as the guide's clients do, and stop it."""
+    openai = pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([*words, "--port", str(port)], cwd=cwd, env=environment(home), stdout=subprocess.PIPE)
+    try:
+        line = server.stdout.readline().decode()
+        assert f"http://localhost:{port}" in line
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=20)
+        asked = [{"role": "user", "content": "How long can I return an item?"}]
+        model = client.models.list().data[0].id
+        answer = client.chat.completions.create(model=model, messages=asked, max_tokens=5)
+        assert answer.sources[0]["id"].startswith("policy")
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_messages_that_the_guide_explains_are_those_of_the_program():
+    guide = (REPOSITORY / "RAG_USER_GUIDE.md").read_text(encoding="utf-8")
+    rows = guide[guide.index("| message | what to do |") :].split("\n\n")[0].split("\n")[2:]
+    quoted = [
+        part
+        for row in rows
+        if row.startswith("| `") and "of PyTorch" not in row
+        for part in re.findall(r"`([^`]+)`", row.split(" | ")[0])
+    ]
+    assert len(quoted) >= 8
+    files = [path for folder in ("nanochat", "scripts", "tasks") for path in (REPOSITORY / folder).rglob("*.py")]
+    # as a reader sees them: string literals that stand in two lines are one
+    said = re.sub(r'"\s+f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    for message in quoted:
+        for part in filter(None, (part.strip(" :") for part in message.split("..."))):
+            assert part in said, f"no program says {part!r}"
 
 
 def test_user_guide_from_start_to_end(tmp_path):
@@ -74,6 +117,10 @@ def test_user_guide_from_start_to_end(tmp_path):
             settings = ["--model_tag", "demo", "--block_pattern", "", "--base_tasks", "", "--retriever_type", "bm25"]
             settings += ["--queries", "data/rag_examples/queries/train.jsonl", "--max_seq_len", "512"]
             words = ["python", *words[words.index("-m") :], *settings]
+        if module == "scripts.chat_web":
+            serve_once([sys.executable, *words[1:]], tmp_path, tmp_path / "home")
+            ran += 1
+            continue
         out = run([sys.executable, *words[1:], *SMALLER.get(module, [])], tmp_path, tmp_path / "home")
         if "--search" in words:
             assert "Return policy" in out
