@@ -22,6 +22,7 @@ import hashlib
 import hmac
 import os
 import re
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -231,20 +232,35 @@ def open_bases(config: Config) -> dict[str, RetrievalManager]:
     return managers
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Before the model is loaded: a port that another program has is said at once."""
+    if not 0 <= port < 65536:
+        raise UserError(f"--port {port}: a number from 1 to 65535 (0: any that is free)")
+    try:
+        ((family, kind, protocol, _, address), *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): give another --port or --host") from None
+    return sock
+
+
 def main() -> None:
     config = load_config(Config)
     for name in ("top_k", "max_tokens", "max_doc_length", "max_rows"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
     managers = open_bases(config)
+    sock = listen(config.host, config.port)
     compute = compute_init(config.device, 0)
     model, tokenizer, meta = load_model(config.source, compute.device, model_tag=config.model_tag)
     app = create_app(config, Engine(model, tokenizer, prefix_bytes=1 << 29), meta, managers)
-    where = f"http://{'localhost' if config.host in ('127.0.0.1', '0.0.0.0') else config.host}:{config.port}"
+    where = f"http://{'localhost' if config.host in ('127.0.0.1', '0.0.0.0') else config.host}:{sock.getsockname()[1]}"
     print0(f"{app.state.chat.name} over {', '.join(managers)}: {where} (API: {where}/v1)")
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_key:
         print0("anybody who reaches this address can use it: --api_key SECRET keeps others out")
-    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[sock])
 
 
 if __name__ == "__main__":

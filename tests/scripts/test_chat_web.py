@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 
+from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.tokenizer import SPECIAL_TOKENS
@@ -26,7 +28,7 @@ import uvicorn  # noqa: E402
 
 from nanochat.citations import Source, find_passage  # noqa: E402
 from scripts._completions import annotate, describe  # noqa: E402
-from scripts.chat_web import Config, create_app, open_bases  # noqa: E402
+from scripts.chat_web import Config, create_app, listen, open_bases  # noqa: E402
 
 JSON = {"Content-Type": "application/json"}
 QUESTION = "When was the bridge built?"
@@ -227,6 +229,12 @@ def test_what_is_no_json(server, content):
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
+def test_more_documents_than_there_are(server):
+    body = {"messages": said(), "max_tokens": 2, "top_k": 100}
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert reply.status_code == 200 and 1 <= len(reply.json()["sources"]) <= 3
+
+
 def test_not_a_number_and_other_addresses(server):
     content = json.dumps({"messages": said(), "temperature": float("nan")})
     assert httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=JSON).status_code == 400
@@ -304,8 +312,40 @@ def test_more_than_may_wait_are_told_to_come_again(server):
     wait_until(lambda: server.load == 0)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs setrlimit")
+def test_a_thousand_connections_that_say_nothing_keep_nobody_out(server):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 8192), before[1]))  # both ends are in this process
+    place = urlsplit(server.url)
+    idle = []
+    try:
+        for n in range(1000):
+            idle.append(socket.create_connection((place.hostname, place.port), timeout=20))
+            if n % 3 == 0:
+                idle[-1].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        body = {"messages": said(), "max_tokens": 2}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    finally:
+        for connection in idle:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    wait_until(lambda: httpx.get(f"{server.url}/health").json()["load"] == 0)
+
+
+def test_a_port_that_is_taken(server):
+    place = urlsplit(server.url)
+    with pytest.raises(UserError, match=f"cannot listen on {place.hostname}:{place.port} .+ --port"):
+        listen(place.hostname, place.port)
+    with pytest.raises(UserError, match="--port 70000"):
+        listen("127.0.0.1", 70_000)
+    free = listen("127.0.0.1", 0)
+    assert free.getsockname()[1] > 0
+    free.close()
+
+
 def test_folders_are_named_once(tmp_path):
-    from nanochat.common import UserError
     from nanochat.retrieval.knowledge_base import build_knowledge_base
 
     for name in ("one", "two/knowledge_base", "deep/one"):
