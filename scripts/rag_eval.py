@@ -32,9 +32,9 @@ from nanochat.retrieval import RetrievalManager
 from nanochat.retrieval.document import Document, read_queries, write_jsonl
 from nanochat.searching import Searching
 from tasks import rag_report, rag_systems
-from tasks.rag_figures import Answered, figures, parts
+from tasks.rag_figures import Answered, Figure, figures, parts
 from tasks.rag_report import Result
-from tasks.rag_systems import FIND, Answering, found_by_index, sample
+from tasks.rag_systems import FIND, Answering, More, found_by_index, sample
 
 RETRIEVERS = ("simple", "bm25", "dense", "hybrid")
 SYSTEMS = ("closed", "rag", *RETRIEVERS, "gold", "refrag", "agent", "dsi", "joint", "drag")
@@ -179,20 +179,22 @@ class Evaluation:
             more |= self._ranking_beside_bm25(index)
         if config.latency:
             more |= rag_systems.first_token(queries[: config.latency], shown[: config.latency], answering)
-        result = self._result(rows, more)
+        place: dict[int, float] = {}
         if ranked is not None and config.positions:
-            spread, result.place = rag_systems.by_position(
-                sample(queries, config.positions, config.seed), manager, config.top_k, answering
-            )
-            result.more |= spread
+            some = sample(queries, config.positions, config.seed)
+            spread, place = rag_systems.by_position(some, manager, config.top_k, answering)
+            more |= spread
+        result = self._result(rows, more)
+        result.place = place
         for count in config.by_top_k if ranked is not None else []:
             some, _ = rag_systems.from_documents(queries, [one[:count] for one in ranked], None, answering)
             result.count[count] = sum(parts(row)["em"][0] for row in some) / len(some)
         return result
 
-    def _result(self, rows: list[Answered], more: dict[str, float], texts: list[str] | None = None) -> Result:
+    def _result(self, rows: list[Answered], more: More, texts: list[str] | None = None) -> Result:
         each = [parts(row) for row in rows]
-        return Result(rows, each, figures(each, self.config.seed), more, texts=texts or [])
+        found = figures(each, self.config.seed) | {k: v for k, v in more.items() if isinstance(v, Figure)}
+        return Result(rows, each, found, {k: v for k, v in more.items() if k not in found}, texts=texts or [])
 
     def _graph(self, source: str) -> Result:
         if self.config.graph is None:

@@ -15,7 +15,7 @@ citations by citations. `figures` resamples the questions (percentile bootstrap;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,13 @@ def compare(one: Sequence[Parts], other: Sequence[Parts], seed: int = 0) -> dict
             before, after, float(low), float(high), int((change > 0).sum()), int((change < 0).sum())
         )
     return found
+
+
+def bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int = 0) -> Figure:
+    """A statistic of values (n, ...) that is no quotient of two sums, with its interval."""
+    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile([statistic(values[rows]) for rows in drawn], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Figure(float(statistic(values)), float(low), float(high))
 
 
 def _sums(each: Sequence[Parts]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -4,13 +4,15 @@ answering, from the facts of a graph. Each gives one Answered per question, and 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_root, find_model_tag
@@ -28,8 +30,10 @@ from nanochat.retrieval.document import Document
 from nanochat.searching import Searching
 from nanochat.training import autocast, resolve_dtype
 from tasks.agent import oracle_decisions, policy_figures
-from tasks.rag_figures import RANKS, Answered
+from tasks.rag_figures import RANKS, Answered, Figure, bootstrap
 
+More = dict[str, float | Figure]
+"""Figures of a system as a whole, some of them with an interval."""
 FIND = max(RANKS)  # documents that a search ranks, whatever is shown of them
 
 
@@ -61,29 +65,58 @@ def messages(query: dict[str, Any], shown: Sequence[Document]) -> list[dict[str,
 
 def from_documents(
     queries: list[dict], shown: list[list[Document]], found: list[list[str]] | None, answering: Answering
-) -> tuple[list[Answered], dict[str, float]]:
+) -> tuple[list[Answered], More]:
     """Each question with its own documents. found: the ids of all that the search ranked."""
     engine = answering.engine
     prompts = [
         render_prompt({"messages": messages(q, s)}, engine.tokenizer, answering.room, answering.max_doc_length)
         for q, s in zip(queries, shown, strict=True)
     ]
-    began = time.perf_counter()
+    generated: list[list[int]] = []
+    pace = Pace()
     with answering.autocast():
-        generated = engine.generate_batch(prompts, answering.batch_size, max_tokens=answering.max_tokens)
-    seconds = time.perf_counter() - began
+        for piece in pieces(len(prompts), answering.batch_size):
+            with pace.timed():
+                generated += engine.generate_batch(
+                    prompts[piece], answering.batch_size, max_tokens=answering.max_tokens
+                )
+            pace.tokens.append(sum(map(len, generated[piece])))
     rows = [
         Answered(query, answer_text(ids, engine.tokenizer), documents, ranked, query["doc_ids"])
         for query, documents, ranked, ids in zip(queries, shown, found or [None] * len(queries), generated, strict=True)
     ]
-    return rows, {
-        "seconds_per_question": seconds / len(queries),
-        "prompt_tokens": sum(map(len, prompts)) / len(prompts),
-        "tokens_per_s": sum(map(len, generated)) / seconds,
-    }
+    return rows, {"prompt_tokens": sum(map(len, prompts)) / len(prompts), **pace.figures(len(queries))}
 
 
-def first_token(queries: list[dict], shown: list[list[Document]], answering: Answering) -> dict[str, float]:
+PIECES = 10  # that a set of questions is timed in, for the interval of its speed
+
+
+def pieces(count: int, batch_size: int) -> list[slice]:
+    """Of a list: at most PIECES, none of less than a batch but where there is no more."""
+    size = max(batch_size, -(-count // PIECES))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+@dataclass
+class Pace:
+    """Seconds and tokens of each piece."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - began)
+
+    def figures(self, questions: int) -> More:
+        both = np.array([self.tokens, self.seconds]).T
+        rate = bootstrap(both, lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
+        return {"seconds_per_question": sum(self.seconds) / questions, "tokens_per_s": rate}
+
+
+def first_token(queries: list[dict], shown: list[list[Document]], answering: Answering) -> More:
     """Median milliseconds from a question with its documents to the first token of its answer, one at a time."""
     times = []
     with answering.autocast():
@@ -92,12 +125,12 @@ def first_token(queries: list[dict], shown: list[list[Document]], answering: Ans
                 {"messages": messages(query, documents)}, answering.room, answering.max_doc_length, max_tokens=1
             )
             times.append(info.first_token_seconds)
-    return {"first_token_ms": 1000 * sorted(times)[len(times) // 2]} if times else {}
+    return {"first_token_ms": bootstrap(1000 * np.array(times), np.median)} if times else {}
 
 
 def by_position(
     queries: list[dict], manager: RetrievalManager, top_k: int, answering: Answering
-) -> tuple[dict[str, float], dict[int, float]]:
+) -> tuple[More, dict[int, float]]:
     """EM with the gold document in each place among the best others, of the same questions: position_spread, the best
     place's less the worst's, and EM by place."""
     asked = [query for query in queries if len(query["doc_ids"]) == 1 and query["answers"]]
@@ -106,12 +139,13 @@ def by_position(
     gold = manager.documents([query["doc_ids"][0] for query in asked])
     found = manager.search([query["query"] for query in asked], top_k)
     others = [[d for d in ranked if d.id != g.id][: top_k - 1] for ranked, g in zip(found, gold, strict=True)]
-    em: dict[int, float] = {}
+    right = np.zeros((len(asked), top_k))
     for place in range(top_k):
         shown = [[*rest[:place], g, *rest[place:]] for rest, g in zip(others, gold, strict=True)]
         rows, _ = from_documents(asked, shown, None, answering)
-        em[place + 1] = sum(exact_match(stated_answer(r.text), r.query["answers"]) for r in rows) / len(rows)
-    return {"position_spread": max(em.values()) - min(em.values())}, em
+        right[:, place] = [exact_match(stated_answer(row.text), row.query["answers"]) for row in rows]
+    em = {place + 1: float(mean) for place, mean in enumerate(right.mean(0))}
+    return {"position_spread": bootstrap(right, lambda rows: np.ptp(rows.mean(0)))}, em
 
 
 def found_by_index(index: SearchIndex, queries: list[dict], manager: RetrievalManager, top_k: int) -> list[list[str]]:
@@ -123,16 +157,19 @@ def found_by_index(index: SearchIndex, queries: list[dict], manager: RetrievalMa
 
 def by_searching(
     queries: list[dict], manager: RetrievalManager, searching: Searching, answering: Answering, decides: bool = False
-) -> tuple[list[Answered], dict[str, float]]:
+) -> tuple[list[Answered], More]:
     """Where the model searches by itself, and how much it did; prompt tokens are all that it read. decides: also how
     good its decisions to search are."""
     asked = [{"messages": [{"role": "user", "content": query["query"]}]} for query in queries]
-    began = time.perf_counter()
+    answers: list[tuple[str, Any]] = []
+    pace, longest = Pace(), max(128, answering.max_tokens)
     with answering.autocast():
-        answers = answering.engine.generate_from_conversations(
-            asked, answering.batch_size, searching=searching, max_tokens=max(128, answering.max_tokens)
-        )
-    seconds = time.perf_counter() - began
+        for piece in pieces(len(asked), answering.batch_size):
+            with pace.timed():
+                answers += answering.engine.generate_from_conversations(
+                    asked[piece], answering.batch_size, searching=searching, max_tokens=longest
+                )
+            pace.tokens.append(sum(sum(info.mask) for _, info in answers[piece]))
     rows = []
     for query, (text, info) in zip(queries, answers, strict=True):
         shown = [document for hop in info.hops for document in hop.documents]
@@ -146,7 +183,7 @@ def by_searching(
         cite = (query.get("hops") or [query])[-1]["doc_ids"]  # the last hop's answer is what is stated
         rows.append(Answered(query, text, shown, None, cite, more))
     read = sum(info.prompt_tokens + len(info.ids) - sum(info.mask) for _, info in answers)
-    scores = {"seconds_per_question": seconds / len(queries), "prompt_tokens": read / len(queries)}
+    scores: More = {"prompt_tokens": read / len(queries), **pace.figures(len(queries))}
     if decides:
         device = answering.engine.model.device
         start = answering.meta.get("start")

@@ -91,6 +91,18 @@ def test_finetune_evaluate_and_report(home):
     assert len(predictions) == 9 and {"closed", "rag", "gold"} <= set(predictions[0])
     assert (home / "eval/table.md").read_text().count("\n") == 5
     assert {"rag_em_low", "rag_em_high", "rag_hallucination", "rag_first_token_ms", "rag_mrr"} <= set(figures)
+    for name in (
+        "em",
+        "f1",
+        "contains",
+        "recall_at_5",
+        "mrr",
+        "ndcg10",
+        "hallucination",
+        "first_token_ms",
+        "tokens_per_s",
+    ):
+        assert figures[f"rag_{name}_low"] <= figures[f"rag_{name}"] <= figures[f"rag_{name}_high"]
     report = (home / "eval/report.md").read_text()
     assert "figures.png" in report and "answers are wrong" in report and "recall.png" in report
     other = ["--systems", "rag,simple,gold", "--positions", 4, "--by_top_k", "1,3", "--latency", 0]
@@ -98,7 +110,8 @@ def test_finetune_evaluate_and_report(home):
     out = ok(run(home, "scripts.rag_eval", "--knowledge_base", home / "ex/knowledge_base", *asked, *other))
     figures = json.loads(out.splitlines()[-1])["figures"]
     places = [figures[f"simple_em_at_place_{n}"] for n in range(1, 6)]
-    assert figures["simple_position_spread"] == max(places) - min(places) and "rag_em_of_3_documents" in figures
+    assert figures["simple_position_spread"] == pytest.approx(max(places) - min(places))
+    assert "simple_position_spread_high" in figures and "rag_em_of_3_documents" in figures
     assert (home / "other/place.png").exists() and "rag_first_token_ms" not in figures
     out = ok(run(home, "scripts.rag_eval", "--compare", f"{home / 'eval'},{home / 'other'}"))
     assert out.count("| 9 questions |") == 2 and "| em |" in out  # rag and gold

@@ -11,7 +11,7 @@ from nanochat import metrics
 from nanochat.common import UserError
 from nanochat.retrieval.document import Document, write_jsonl
 from tasks import rag_report
-from tasks.rag_figures import Answered, compare, figures, parts
+from tasks.rag_figures import Answered, Figure, bootstrap, compare, figures, parts
 from tasks.rag_report import Result
 
 
@@ -152,3 +152,13 @@ def test_runs_are_compared_by_their_files(tmp_path):
         rag_report.compare_runs([tmp_path / "old"])
     with pytest.raises(UserError, match="cannot be read"):
         rag_report.compare_runs([tmp_path / "nowhere"])
+
+
+def test_an_interval_of_a_statistic_that_is_no_mean():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    median = bootstrap(values, np.median)
+    assert median.value == np.median(values) and median.low < 5 < median.high
+    # of a normal distribution the median's standard error is 1.2533 sigma / sqrt(n)
+    assert (median.high - median.low) / 2 == pytest.approx(1.96 * 1.2533 * 2 / 20, rel=0.25)
+    same = np.ones((50, 3))
+    assert bootstrap(same, lambda rows: np.ptp(rows.mean(0))) == Figure(0, 0, 0)
