@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat.engine import Generation
 from nanochat.metrics import (
     abstains,
     exact_match,
@@ -36,6 +37,7 @@ from nanochat.retrieval.document import Document
 
 RANKS = (1, 5, 10)
 RESAMPLES, LEVEL = 1000, 0.95
+ABSTENTION_FIGURES = ("abstention_precision", "abstention_recall", "false_refusal")
 
 Parts = dict[str, tuple[float, float]]
 """What one question adds to the two sums of each figure."""
@@ -52,6 +54,16 @@ class Answered:
     found: Sequence[str] | None = None
     cite: Sequence[str] = ()
     more: dict[str, float] = field(default_factory=dict)  # figures of its own, to be averaged
+
+
+def searched(query: dict[str, Any], text: str, info: Generation) -> Answered:
+    """Where the model searched by itself: besides, how often, what that showed, and of the gold documents the share."""
+    shown = [document for hop in info.hops for document in hop.documents]
+    more = {"searches": len(info.hops), "documents": len(shown), "answered": info.finish_reason == "stop"}
+    if gold := set(query["doc_ids"]):
+        more["evidence"] = len(gold & {document.id for document in shown}) / len(gold)
+    cite = (query.get("hops") or [query])[-1]["doc_ids"]  # the last hop's answer is what is stated
+    return Answered(query, text, shown, None, cite, {name: float(value) for name, value in more.items()})
 
 
 @dataclass
@@ -103,7 +115,7 @@ def figures(each: Sequence[Parts], seed: int = 0) -> dict[str, Figure]:
     citation figures where nothing is ever cited."""
     sums = _sums(each)
     if "abstention_recall" not in sums and not sums["abstention_precision"][1].any():
-        sums = {name: both for name, both in sums.items() if name not in ("abstention_precision", "false_refusal")}
+        sums = {name: both for name, both in sums.items() if name not in ABSTENTION_FIGURES}
     if "citation_precision" in sums and not sums["citation_precision"][1].any():
         del sums["citation_precision"], sums["citation_recall"]
     weights = _weights(len(each), seed)

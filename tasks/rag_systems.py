@@ -30,7 +30,7 @@ from nanochat.retrieval.document import Document
 from nanochat.searching import Searching
 from nanochat.training import autocast, resolve_dtype
 from tasks.agent import oracle_decisions, policy_figures
-from tasks.rag_figures import RANKS, Answered, Figure, bootstrap
+from tasks.rag_figures import RANKS, Answered, Figure, bootstrap, searched
 
 More = dict[str, float | Figure]
 """Figures of a system as a whole, some of them with an interval."""
@@ -170,18 +170,7 @@ def by_searching(
                     asked[piece], answering.batch_size, searching=searching, max_tokens=longest
                 )
             pace.tokens.append(sum(sum(info.mask) for _, info in answers[piece]))
-    rows = []
-    for query, (text, info) in zip(queries, answers, strict=True):
-        shown = [document for hop in info.hops for document in hop.documents]
-        more = {
-            "searches": float(len(info.hops)),
-            "documents": float(len(shown)),
-            "answered": float(info.finish_reason == "stop"),
-        }
-        if gold := set(query["doc_ids"]):
-            more["evidence"] = len(gold & {document.id for document in shown}) / len(gold)
-        cite = (query.get("hops") or [query])[-1]["doc_ids"]  # the last hop's answer is what is stated
-        rows.append(Answered(query, text, shown, None, cite, more))
+    rows = [searched(query, *answer) for query, answer in zip(queries, answers, strict=True)]
     read = sum(info.prompt_tokens + len(info.ids) - sum(info.mask) for _, info in answers)
     scores: More = {"prompt_tokens": read / len(queries), **pace.figures(len(queries))}
     if decides:

@@ -20,11 +20,12 @@ from typing import Any
 
 from nanochat.common import UserError
 from nanochat.engine import Engine, Generation
-from nanochat.metrics import ABSTENTION, abstains, abstention_scores, exact_match, f1, stated_answer
+from nanochat.metrics import ABSTENTION
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.searching import Searching
 from tasks.common import Conversation
 from tasks.rag import require_documents, retrieve_all
+from tasks.rag_figures import ABSTENTION_FIGURES, figures, parts, searched
 
 _WORD = re.compile(r"[^\W\d_][\w'’-]*")
 _MOST_NAMES = 8
@@ -154,26 +155,8 @@ def model_hops(
 def multi_hop_figures(queries: Sequence[dict[str, Any]], answers: Sequence[tuple[str, Generation]]) -> dict[str, float]:
     """Means over the queries: em, f1 (of the answer without citations; abstaining is right where there is no answer),
     searches, documents shown, and answered (ended their message); over those with gold documents evidence, the share of
-    these found. With questions that have no answer also the figures of nanochat.metrics.abstention_scores."""
-    rows, evidence = [], []
-    for query, (text, info) in zip(queries, answers, strict=True):
-        said = stated_answer(text)
-        found = {document.id for hop in info.hops for document in hop.documents}
-        if gold := set(query["doc_ids"]):
-            evidence.append(len(gold & found) / len(gold))
-        rows.append(
-            {
-                "em": exact_match(said, query["answers"]),
-                "f1": f1(said, query["answers"]),
-                "searches": len(info.hops),
-                "documents": sum(len(hop.documents) for hop in info.hops),
-                "answered": info.finish_reason == "stop",
-            }
-        )
-    figures = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    if evidence:
-        figures["evidence"] = sum(evidence) / len(evidence)
-    answerable = [bool(query["answers"]) for query in queries]
-    if not all(answerable):
-        figures |= abstention_scores([abstains(text) for text, _ in answers], answerable)
-    return figures
+    these found. With questions that have no answer also those of abstaining (tasks/rag_figures.py)."""
+    found = figures([parts(searched(query, *answer)) for query, answer in zip(queries, answers, strict=True)])
+    refusing = not all(query["answers"] for query in queries)
+    wanted = ("em", "f1", "searches", "documents", "answered", "evidence", *(ABSTENTION_FIGURES if refusing else ()))
+    return {name: found[name].value for name in wanted if name in found}
