@@ -41,7 +41,9 @@ class Config(TrainConfig):
     knowledge_base: Path
     """Directory of the knowledge base (python -m nanochat.retrieval builds one)."""
     source: str = "mid"
-    """Checkpoint to start from: mid or base."""
+    """Checkpoint to start from: mid or base; rag: go on from an earlier run, under a new name (save_tag)."""
+    save_tag: str = ""
+    """Name of the new checkpoint's folder; by default that of the checkpoint it starts from."""
     step: int | None = None
     """Step of that checkpoint; by default the newest."""
     retriever_type: str = "simple"
@@ -187,6 +189,9 @@ def main() -> None:
         raise UserError("--lora_rank and --fp8 cannot be combined: 8-bit products are of weights that learn")
     compute: Compute = compute_init(config.device, config.seed)
     tag = find_model_tag(config.source, config.model_tag)
+    new_tag = config.save_tag or tag
+    if config.source == "rag" and new_tag == tag:
+        raise UserError("--source rag needs --save_tag NAME: under its own name the new run would replace the old one")
     model, tokenizer, _, _ = load_checkpoint(checkpoint_root(config.source, tag), config.step, compute.device)
     check_pattern(model, config)
     if config.lora_rank:
@@ -240,7 +245,7 @@ def main() -> None:
             return {"val_loss": mean_loss(model, val, min(8, val.steps_per_epoch()), config, compute)}
 
     meta = {"top_k": config.top_k, "retriever_type": config.retriever_type}
-    train(model, tokenizer, phases, config, compute, checkpoint_root("rag", tag), evaluate, meta)
+    train(model, tokenizer, phases, config, compute, checkpoint_root("rag", new_tag), evaluate, meta)
     compute_cleanup()
 
 

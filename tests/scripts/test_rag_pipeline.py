@@ -194,6 +194,18 @@ def test_killed_and_resumed_equals_unbroken(home):
     assert curve(metrics(home, "rag", "killed")) == curve(metrics(home, "rag", "whole"))
 
 
+def test_going_on_from_an_earlier_run_under_a_new_name(home):
+    args = [*data(home), *RAG, *TINY, "--num_steps", 2]
+    (home / "checkpoints/mid/first").symlink_to(home / "checkpoints/mid/tiny")
+    ok(run(home, "scripts.rag_finetune", *args, "--model_tag", "first"))
+    before = (home / "checkpoints/rag/first/step_000002/model.safetensors").read_bytes()
+    more = [*args, "--source", "rag", "--model_tag", "first"]
+    refused(run(home, "scripts.rag_finetune", *more), "--save_tag")
+    ok(run(home, "scripts.rag_finetune", *more, "--save_tag", "second"))
+    assert (home / "checkpoints/rag/first/step_000002/model.safetensors").read_bytes() == before
+    assert metrics(home, "rag", "second")[0]["loss"] < metrics(home, "rag", "first")[0]["loss"]
+
+
 def test_two_processes_give_the_losses_of_one(home):
     args = [*data(home), *RAG, *TINY, "--num_steps", 6, "--total_batch_size", 1024]
     start = home / "checkpoints/mid"
