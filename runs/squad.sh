@@ -29,7 +29,7 @@ prepare() { # DEV_FILE OUTPUT
 }
 evaluate() { # DATA OUTPUT
     python -m scripts.rag_eval --knowledge_base "$1/test_knowledge_base" --queries "$1/queries/test.jsonl" \
-        --systems closed,simple,bm25,gold --num_questions 2000 --output "$2" --json
+        --systems closed,bm25,gold --num_questions 1000 --output "$2" --json
 }
 
 prepare squad11_dev.json.gz $squad

@@ -56,10 +56,10 @@ class RAGTask:
     """Conversations from questions with gold documents.
 
     queries: by the Query contract. Those without an answer are answered with metrics.ABSTENTION; those with an answer
-    and no gold document are left out. top_k: documents in a
-    context. questions_per_document: every document shown, distractors too, is asked this many of the questions that it
-    answers, as turns of one talk in random order, which gives more learned tokens for each token read. With more than a
-    few, later questions can be answered from the earlier ones instead of from the documents. 0: the one question only.
+    and no gold document are left out. top_k: documents in a context.
+    questions_per_document: every document shown, distractors too, is asked this many of the questions that it answers,
+    as turns of one talk in random order, which gives more learned tokens for each token read. With more than a few,
+    later questions can be answered from the earlier ones instead of from the documents. 0: the one question only.
     absent: share of all these questions whose documents are not shown, nor any document that has the answer, and which
     are answered with the abstention too. They are about documents that were found and left out, so that they resemble
     those shown as closely as the answered ones do.
@@ -103,24 +103,22 @@ class RAGTask:
         return self.conversation(index)
 
     def context(self, index: int, rng: random.Random, top_k: int) -> tuple[list[str], list[str]]:
-        """Ids of the documents shown: the gold ones and the best retrieved others up to top_k, shuffled. And of those
-        left out to be asked about, the gold ones at times among them."""
+        """Ids of the documents shown: the gold ones and the best retrieved others up to top_k, shuffled; and of those
+        that are left out to be asked about."""
         gold = list(dict.fromkeys(self.queries[index]["doc_ids"]))
         spare = 0
         if self.absent and self.questions_per_document:
             wanted = top_k * self.absent / (1 - self.absent)
             spare = int(wanted) + (rng.random() < wanted % 1)
-        if gold and self.absent and rng.random() < self.absent:
-            others = self._others(index, rng, top_k + spare)
-            away = self._leave_out(others, rng, spare)
-            ids = self._without_answer(self.queries[index], [i for i in others if i not in away])
-            if ids:
-                rng.shuffle(ids)
-                return ids, away
-        others = self._others(index, rng, max(0, top_k - len(gold)) + spare)
+        hidden = bool(gold and self.absent) and rng.random() < self.absent
+        others = self._others(index, rng, max(0, top_k - (0 if hidden else len(gold))) + spare)
         away = self._leave_out(others, rng, spare)
-        ids = [*gold, *(i for i in others if i not in away)]
-        if not self.gold_first:
+        ids = [i for i in others if i not in away]
+        if hidden:
+            ids = self._without_answer(self.queries[index], ids)
+        if not hidden or not ids:
+            ids = gold + ids
+        if hidden or not self.gold_first:
             rng.shuffle(ids)
         return ids, away
 
