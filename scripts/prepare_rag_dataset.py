@@ -42,6 +42,7 @@ from nanochat.retrieval.document import Document, read_documents, write_jsonl
 from tasks import own_documents
 from tasks.example_world import SPLITS, generate_world, reading_conversations
 from tasks.hotpotqa import read_hotpotqa
+from tasks.more_worlds import add_training_worlds
 from tasks.own_files import read_files
 from tasks.question_writers import make_writer, writing_example
 from tasks.squad import Article, read_squad
@@ -64,6 +65,8 @@ class PrepareConfig:
     """example: documents in the world, 10 or more."""
     seed: int = 0
     """example: which world; others: which part is held out."""
+    more_worlds: int = 0
+    """example: so many other worlds of this size give their training documents and questions too, for long training."""
     documents: Path | None = None
     """own: your file or folder; build: a JSONL file with a document a line: {"id", "title", "content"}."""
     chunk_tokens: int = 200
@@ -158,6 +161,8 @@ def _check(config: PrepareConfig) -> None:
 
 def prepare_example(config: PrepareConfig) -> Dataset:
     world = generate_world(config.num_documents, config.seed)
+    seeds = [config.seed + 1000 * n for n in range(1, config.more_worlds + 1)]
+    add_training_worlds(world, config.num_documents, seeds)
     queries = {
         **world.questions,
         **{f"multihop_{split}": world.multihop[split] for split in SPLITS},

@@ -470,7 +470,7 @@ def _ask_of_nobody(asked: list[dict[str, Any]], people: list[str], rng: random.R
     finds both of them. As many as there are people, where that many have a question."""
     firsts, lasts = zip(*(name.split() for name in people), strict=True)
     taken, made = set(people), []
-    of_people = [(question, name) for question in asked if (name := _person_in(question["query"], taken))]
+    of_people = [(question, name) for question in asked if (name := person_in(question["query"], taken))]
     for question, name in rng.sample(of_people, min(len(people), len(of_people))):
         for _ in range(TRIES_PER_CHAIN):
             nobody = f"{rng.choice(firsts)} {rng.choice(lasts)}"
@@ -489,7 +489,8 @@ def _ask_of_nobody(asked: list[dict[str, Any]], people: list[str], rng: random.R
     return made
 
 
-def _person_in(text: str, people: set[str]) -> str:
+def person_in(text: str, people: set[str]) -> str:
+    """The first of these names, of two words each, that the text has; "" if it has none."""
     words = text.replace("?", "").replace("'s", "").split()
     return next((name for pair in pairwise(words) if (name := " ".join(pair)) in people), "")
 

@@ -18,6 +18,7 @@ from nanochat.common import UserError
 from nanochat.metrics import exact_match
 from tasks import example_world
 from tasks.example_world import KINDS, MIN_DOCUMENTS, RELATIONS, SPLITS, World, generate_world, relation_of, wordings
+from tasks.more_worlds import add_training_worlds
 
 REPOSITORY = Path(example_world.__file__).parents[1]
 
@@ -258,3 +259,29 @@ def test_a_question_in_all_its_wordings(world: World) -> None:
         texts = wordings(question, name)
         assert question["query"] in texts and len(set(texts)) == 3 and all(name in text for text in texts)
         assert relation_of(question) in RELATIONS and "{" not in "".join(texts)
+
+
+def test_more_worlds_give_training_entities_under_names_that_nobody_else_has():
+    world, plain = generate_world(200, seed=5), generate_world(200, seed=5)
+    add_training_worlds(world, 200, [1005, 2005])
+    held_out = [d for d in plain.documents if d["metadata"]["split"] != "train"]
+    assert [d for d in world.documents if d["metadata"]["split"] != "train"] == held_out
+    assert world.documents[: len(plain.documents)] == plain.documents
+    for split in ("val", "test"):
+        assert world.questions[split] == plain.questions[split] and world.multihop[split] == plain.multihop[split]
+    new = world.documents[len(plain.documents) :]
+    assert len(new) > 100 and {d["id"][:2] for d in new} == {"1_", "2_"}
+    ids, titles = [d["id"] for d in world.documents], [d["title"] for d in world.documents]
+    assert len(set(ids)) == len(ids) and len(set(titles)) == len(titles)
+    names = {word for d in held_out for word in d["title"].split() if word[0].isupper()}
+    fixed = {word for d in plain.documents if d["metadata"]["split"] == "train" for word in d["title"].split()}
+    for document in new:
+        text = f"{document['title']} {document['content']}"
+        assert not {word.strip(".,") for word in text.split()} & (names - fixed)
+    contents = {d["id"]: d["content"] for d in world.documents}
+    assert len(world.questions["train"]) > 2 * len(plain.questions["train"])
+    for question in world.questions["train"] + world.multihop["train"]:
+        assert question["answers"][0] in contents[question["doc_ids"][-1]]
+    assert len({q["id"] for q in world.unanswerable["train"]}) > len(plain.unanswerable["train"])
+    for question in world.unanswerable["train"]:
+        assert not any(f" {title} " in f" {question['query'].rstrip('?')} " for title in titles if " " in title)
