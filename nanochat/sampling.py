@@ -37,6 +37,9 @@ class Sampling:
     """Above 1: tokens that are in the prompt or the answer become less likely."""
     stop: tuple[str, ...] = ()
     """The answer ends before any of these texts."""
+    refusal_threshold: float | None = None
+    """Say that the documents do not say where the model gives that at least this probability, and else not; None: as it
+    writes. For models whose answers begin with a citation, so that the first token decides."""
     seed: int = 0
     """Same seed, same answer."""
 
@@ -48,6 +51,7 @@ class Sampling:
             "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
             "min_p must be from 0 to 1": 0 <= self.min_p <= 1,
             "repetition_penalty must be above 0": 0 < self.repetition_penalty < math.inf,
+            "refusal_threshold must be from 0 to 1": self.refusal_threshold is None or 0 <= self.refusal_threshold <= 1,
             "stop must be texts that are not empty": not isinstance(self.stop, str) and all(self.stop),
         }
         for meaning, holds in checks.items():

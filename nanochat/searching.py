@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.conversation import answer_text, block_documents, count_documents, render_block
+from nanochat.metrics import ABSTENTION
 from nanochat.retrieval.document import Document
 from nanochat.sampling import Sampling, TextStream
 from nanochat.tokenizer import Tokenizer
@@ -59,6 +60,15 @@ class Searching:
             raise UserError(f"min_hops is {self.min_hops}; it must be from 0 to max_hops {self.max_hops}")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UserError(f"the threshold of a search is {self.threshold}; it must be from 0 to 1")
+
+
+def _keep_or_drop(logits: Tensor, token: int, threshold: float) -> bool:
+    """Leave of the logits (V,) this token alone, if it has at least this probability, else all others."""
+    kept = bool(logits.float().softmax(0)[token] >= threshold)
+    if kept:
+        logits.fill_(-torch.inf)
+    logits[token] = 0.0 if kept else -torch.inf
+    return kept
 
 
 @dataclass
@@ -103,6 +113,7 @@ class Request:
         self._opened: int | None = None  # where a search began that is not closed yet
         self._random = random.Random(sampling.seed)
         self._stops = TextStream(tokenizer, sampling.stop) if sampling.stop else None
+        self._refusal = tokenizer.encode(f" {ABSTENTION}")[0]
         self._start, self._end = (tokenizer.special_id(f"<|search_{edge}|>") for edge in ("start", "end"))
 
     @classmethod
@@ -154,16 +165,16 @@ class Request:
         return self._start if due else None
 
     def decide(self, logits: Tensor) -> None:
-        """By the threshold, where there is one: leave of the logits (V,) a search alone or none."""
+        """By the thresholds, where there are any: at the beginning of what it says, leave of the logits (V,) a search
+        or a refusal alone, or none."""
         ended = self.hops[-1].end if self.hops else 0
-        threshold = self.searching.threshold if self.searching is not None else None
-        if threshold is None or self._opened is not None or len(self.ids) != ended or self.forbidden:
+        if self._opened is not None or len(self.ids) != ended:
             return
-        if logits.float().softmax(0)[self._start] >= threshold:
-            logits.fill_(-torch.inf)
-            logits[self._start] = 0.0
-        else:
-            logits[self._start] = -torch.inf
+        search = self.searching.threshold if self.searching is not None and not self.forbidden else None
+        if search is not None and _keep_or_drop(logits, self._start, search):
+            return
+        if self.sampling.refusal_threshold is not None:
+            _keep_or_drop(logits, self._refusal, self.sampling.refusal_threshold)
 
     def draw(self) -> float:
         return self._random.random() if self.sampling.temperature > 0 else 0.0

@@ -37,6 +37,7 @@ class Limits:
     max_doc_length: int = 500
     max_rows: int = 16
     max_waiting: int = 64
+    refusal_threshold: float | None = None
 
 
 # --- what a client may ask
@@ -169,6 +170,7 @@ class Chat:
             sampling = Sampling(
                 max_tokens=min(max_tokens, self.room - len(prompt)),
                 temperature=asked.temperature,
+                refusal_threshold=self.limits.refusal_threshold,
                 top_p=asked.top_p,
                 stop=tuple([asked.stop] if isinstance(asked.stop, str) else asked.stop or ()),
                 seed=asked.seed or 0,

@@ -88,6 +88,8 @@ class Config:
     """Longest answer, in tokens, where the client does not say."""
     max_doc_length: int = 500
     """Longest document, in tokens; the rest of it is cut off."""
+    refusal_threshold: float | None = None
+    """Refuse to answer where the model gives that at least this probability; by default as it writes."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every one this machine has."""
     port: int = 8000
@@ -107,7 +109,14 @@ class Config:
 
 def create_app(config: Config, engine: Engine, meta: dict[str, Any], managers: dict[str, RetrievalManager]) -> FastAPI:
     name = f"{config.source}-{meta.get('model_tag', 'model')}"
-    limits = Limits(config.top_k, config.max_tokens, config.max_doc_length, config.max_rows, config.max_waiting)
+    limits = Limits(
+        config.top_k,
+        config.max_tokens,
+        config.max_doc_length,
+        config.max_rows,
+        config.max_waiting,
+        config.refusal_threshold,
+    )
     chat = Chat(name, engine, meta, managers, limits)
 
     @asynccontextmanager
@@ -251,6 +260,8 @@ def main() -> None:
     for name in ("top_k", "max_tokens", "max_doc_length", "max_rows"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
+    if config.refusal_threshold is not None and not 0 <= config.refusal_threshold <= 1:
+        raise UserError(f"--refusal_threshold {config.refusal_threshold} must be from 0 to 1")
     managers = open_bases(config)
     sock = listen(config.host, config.port)
     compute = compute_init(config.device, 0)

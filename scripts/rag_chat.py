@@ -48,6 +48,8 @@ class Config:
     training)."""
     temperature: float = 0.0
     """0 takes the likeliest token each time; higher is more varied."""
+    refusal_threshold: float | None = None
+    """Refuse to answer where the model gives that at least this probability; by default as it writes."""
     max_tokens: int = 256
     """Longest answer, in tokens."""
     max_doc_length: int = 500
@@ -77,9 +79,10 @@ class ChatSession:
         system: str = "",
         seed: int = 0,
         max_hops: int = 0,
+        refusal_threshold: float | None = None,
     ):
         """max_hops: searches that the model may write into an answer; 0: one search, for the question itself."""
-        self.max_hops = max_hops
+        self.max_hops, self.refusal_threshold = max_hops, refusal_threshold
         self.engine, self.manager = engine, manager
         self.top_k, self.temperature, self.max_tokens = top_k, temperature, max_tokens
         self.max_doc_tokens, self.max_seq_len, self.seed = max_doc_tokens, max_seq_len, seed
@@ -135,6 +138,7 @@ class ChatSession:
             prompt,
             max_tokens=min(self.max_tokens, self.max_seq_len - len(prompt)),
             temperature=self.temperature,
+            refusal_threshold=self.refusal_threshold,
             seed=self.seed + len(self.messages),  # the same question asked again may get another answer
         )
         streamed, complete = "", False
@@ -162,6 +166,7 @@ class ChatSession:
         sampling = Sampling(
             max_tokens=min(self.max_tokens, self.max_seq_len - len(prompt)),
             temperature=self.temperature,
+            refusal_threshold=self.refusal_threshold,
             seed=self.seed + len(self.messages),
         )
         request = Request.of_conversation(conversation, prompt, sampling, tokenizer, searching)
@@ -302,6 +307,7 @@ def main() -> None:
         config.system,
         config.seed,
         meta.get("max_hops", 0),
+        config.refusal_threshold,
     )
     screen = Screen()
     try:

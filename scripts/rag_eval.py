@@ -76,6 +76,8 @@ class Config:
     """refrag, agent: searches in one answer, at least: 1 for an agent that always searches."""
     search_threshold: float | None = None
     """refrag, agent: search where the model gives it at least this probability; by default as it writes."""
+    refusal_threshold: float | None = None
+    """Refuse where the model gives that at least this probability; by default as it writes."""
     num_questions: int = -1
     """A fixed random sample of this many questions; -1: all."""
     seed: int = 0
@@ -221,6 +223,7 @@ class Evaluation:
                 config.max_doc_length,
                 config.batch_size,
                 config.dtype,
+                config.refusal_threshold,
             )
             self.checkpoints[source] = meta["directory"]
         return self.loaded[source]

@@ -47,6 +47,7 @@ class Answering:
     max_doc_length: int
     batch_size: int
     dtype: str
+    refusal_threshold: float | None = None
 
     @property
     def room(self) -> int:
@@ -78,7 +79,10 @@ def from_documents(
         for piece in pieces(len(prompts), answering.batch_size):
             with pace.timed():
                 generated += engine.generate_batch(
-                    prompts[piece], answering.batch_size, max_tokens=answering.max_tokens
+                    prompts[piece],
+                    answering.batch_size,
+                    max_tokens=answering.max_tokens,
+                    refusal_threshold=answering.refusal_threshold,
                 )
             pace.tokens.append(sum(map(len, generated[piece])))
     rows = [
@@ -167,7 +171,11 @@ def by_searching(
         for piece in pieces(len(asked), answering.batch_size):
             with pace.timed():
                 answers += answering.engine.generate_from_conversations(
-                    asked[piece], answering.batch_size, searching=searching, max_tokens=longest
+                    asked[piece],
+                    answering.batch_size,
+                    searching=searching,
+                    max_tokens=longest,
+                    refusal_threshold=answering.refusal_threshold,
                 )
             pace.tokens.append(sum(sum(info.mask) for _, info in answers[piece]))
     rows = [searched(query, *answer) for query, answer in zip(queries, answers, strict=True)]

@@ -9,6 +9,7 @@ from nanochat import engine as engine_module
 from nanochat.common import UserError
 from nanochat.conversation import render, render_prompt
 from nanochat.engine import Engine
+from nanochat.metrics import ABSTENTION
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.searching import Request, Searching
 
@@ -190,6 +191,36 @@ def test_a_threshold_decides_where_a_search_may_begin(small_tokenizer, manager, 
     never = Searching(manager.search, 1, 0, threshold=0.0)  # no more than max_hops
     for _, info in engine.generate_from_conversations([QUESTION] * 2, searching=never, max_tokens=6):
         assert start not in info.ids
+
+
+def test_a_threshold_decides_what_is_refused(small_tokenizer, manager, engine):
+    refusal = small_tokenizer.encode(f" {ABSTENTION}")[0]
+    logits = torch.zeros(small_tokenizer.vocab_size)
+    logits[refusal] = 2.0
+    likely = logits.softmax(0)[refusal].item()
+    for threshold, allowed in ((likely - 1e-4, "refusal"), (likely + 1e-4, "others"), (None, "all")):
+        request = Request([1], engine_module.Sampling(refusal_threshold=threshold), small_tokenizer)
+        steered = logits.clone()
+        request.decide(steered)
+        finite = steered.isfinite()
+        assert finite[refusal] == (allowed != "others") and finite.sum() == {"refusal": 1, "all": len(logits)}.get(
+            allowed, len(logits) - 1
+        )
+        request.take(5, engine.end)
+        steered = logits.clone()
+        request.decide(steered)
+        assert torch.equal(steered, logits)  # only the first token
+    for _, info in engine.generate_from_conversations([QUESTION] * 2, refusal_threshold=0.0, max_tokens=3):
+        assert info.ids[0] == refusal
+    for _, info in engine.generate_from_conversations([QUESTION] * 2, refusal_threshold=1.0, max_tokens=3):
+        assert info.ids[0] != refusal
+    searching = Searching(manager.search, 1, 1, threshold=0.0)  # a search that is due comes first
+    for _, info in engine.generate_from_conversations(
+        [QUESTION], searching=searching, refusal_threshold=0.0, max_tokens=4
+    ):
+        assert info.ids[0] == small_tokenizer.special_id("<|search_start|>")
+    with pytest.raises(UserError, match="refusal_threshold"):
+        engine_module.Sampling(refusal_threshold=1.5)
 
 
 def test_max_tokens_counts_what_is_written(scripted, engine, manager):
