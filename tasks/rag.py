@@ -52,6 +52,9 @@ def require_documents(manager: RetrievalManager, ids: Iterable[str]) -> None:
         )
 
 
+NEARLY = 0.5  # of the absent questions, where a question without an answer comes near the documents shown
+
+
 class RAGTask:
     """Conversations from questions with gold documents.
 
@@ -61,8 +64,8 @@ class RAGTask:
     as turns of one talk in random order, which gives more learned tokens for each token read. With more than a few,
     later questions can be answered from the earlier ones instead of from the documents. 0: the one question only.
     absent: share of all these questions whose documents are not shown, nor any document that has the answer, and which
-    are answered with the abstention too. They are about documents that were found and left out, so that they resemble
-    those shown as closely as the answered ones do.
+    are answered with the abstention too. They are about documents that were found and left out, or, where there are
+    such, they are questions without an answer for which a document shown was found: both name in part what it is about.
     cite: an answer begins with the numbers of the documents it comes from, "[2] 1904". The reader can check it, and the
     model has to find the document first. quote: behind the numbers stands the sentence that the answer is in, “...”.
     distractors: retrieved, or random ones; gold_first: the gold documents before the others. Both are for comparison:
@@ -95,6 +98,12 @@ class RAGTask:
             if len(query["doc_ids"]) == 1:
                 self.asked_of[query["doc_ids"][0]].append(i)
         self._asked_about = sorted(self.asked_of)
+        # document -> the questions without an answer that it was found for: they name what it is about in part
+        self.nearly_of: dict[str, list[int]] = defaultdict(list)
+        for i, query in enumerate(self.queries):
+            if not query["answers"]:
+                for doc in self.found[i][:top_k]:
+                    self.nearly_of[doc].append(i)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -133,6 +142,11 @@ class RAGTask:
         some = [i for i in ids if i in self.asked_of]
         return rng.sample(some, min(count, len(some)))
 
+    def _nearly(self, ids: Sequence[str], rng: random.Random, asked: Sequence[int]) -> int | None:
+        """At times, a question without an answer that one of the documents was found for."""
+        near = [i for doc in ids for i in self.nearly_of.get(doc, ()) if i not in asked]
+        return rng.choice(near) if near and rng.random() < NEARLY else None
+
     def _without_answer(self, query: dict[str, Any], ids: Sequence[str]) -> list[str]:
         """Those of the documents that the answer is not in."""
         answers = [normalize_answer(answer) for answer in query["answers"]]
@@ -152,9 +166,13 @@ class RAGTask:
             others = [i for i in self.asked_of.get(doc, ()) if i != index]
             wanted = self.questions_per_document - (doc in self.queries[index]["doc_ids"])
             drawn = rng.sample(others, max(0, min(len(others), wanted)))
-            if doc in away:  # where a document shown has the answer, nothing is missing
-                drawn = [i for i in drawn if len(self._without_answer(self.queries[i], ids)) == len(ids)]
-            asked += drawn
+            for i in drawn:
+                if doc not in away:
+                    asked.append(i)
+                elif (near := self._nearly(ids, rng, asked)) is not None:
+                    asked.append(near)
+                elif len(self._without_answer(self.queries[i], ids)) == len(ids):
+                    asked.append(i)  # where a document shown has the answer, nothing would be missing
         rng.shuffle(asked)
         documents = self.manager.documents(ids)
         shown = [document.to_dict(with_score=False) for document in documents]

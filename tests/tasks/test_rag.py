@@ -145,6 +145,26 @@ def test_a_share_of_all_questions_in_a_talk_is_about_documents_that_were_found_a
     assert 0.75 * absent < refused / asked < 1.1 * absent
 
 
+def test_questions_without_an_answer_are_asked_of_documents_that_come_near(manager):
+    nobody = WORLD.unanswerable["train"]
+    task = RAGTask([*QUERIES, *nobody], manager, top_k=4, questions_per_document=1, cite=True, absent=0.4, seed=1)
+    texts = {q["query"] for q in nobody}
+    near = other = 0
+    for i in range(len(QUERIES)):
+        conversation = task.conversation(i)
+        for question, said in turns(conversation):
+            if question in texts:
+                near += 1
+                assert said == ABSTENTION
+                found = {d.id for d in manager.retrieve(question, 4)}
+                assert found & set(shown(conversation))
+            elif said == ABSTENTION and question != QUERIES[i]["query"]:
+                other += 1
+        questions = [question for question, _ in turns(conversation)]
+        assert len(set(questions)) == len(questions)
+    assert near > 50 and 0.5 < near / other < 1.5
+
+
 def test_a_question_that_the_base_does_not_answer(manager):
     queries = [QUERIES[0], *WORLD.unanswerable["train"][:3]]
     task = RAGTask(queries, manager, top_k=4, questions_per_document=0, cite=True)
