@@ -100,8 +100,9 @@ def main() -> None:
     folder = make_files(config, source)
     made = len(list(folder.iterdir()))
     began = time.perf_counter()
-    shutil.rmtree(config.output / "data", ignore_errors=True)
     data = config.output / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    (config.output / "log.txt").unlink(missing_ok=True)  # of an earlier run
     own = ["--mode", "own", "--documents", folder, "--output", data, "--retriever_type", "bm25"]
     run_script(config.output, "scripts.prepare_rag_dataset", *own)
     seconds = time.perf_counter() - began

@@ -34,6 +34,7 @@ from tasks.rag_figures import RANKS, Answered, Figure, bootstrap, searched
 
 More = dict[str, float | Figure]
 """Figures of a system as a whole, some of them with an interval."""
+PIECES = 10  # that a set of questions is timed in, for the interval of its speed
 FIND = max(RANKS)  # documents that a search ranks, whatever is shown of them
 
 
@@ -90,9 +91,6 @@ def from_documents(
         for query, documents, ranked, ids in zip(queries, shown, found or [None] * len(queries), generated, strict=True)
     ]
     return rows, {"prompt_tokens": sum(map(len, prompts)) / len(prompts), **pace.figures(len(queries))}
-
-
-PIECES = 10  # that a set of questions is timed in, for the interval of its speed
 
 
 def pieces(count: int, batch_size: int) -> list[slice]:
