@@ -26,13 +26,26 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
 
 
+class Stopped(Exception):
+    """A signal has ended the work, and what was done is saved."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130."""
+    """Run a script's main: a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130, a run
+    that saved and stopped when it was told to by SIGTERM status 143, by SIGINT 130."""
     try:
         main()
     except UserError as error:
         print("error: " + " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
         sys.exit(2)
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"stopped by {stopped}", file=sys.stderr, flush=True)
+        sys.exit(stopped.exit_status)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -107,13 +120,28 @@ def compute_init(device: str = "auto", seed: int = 0) -> Compute:
 
     # RANK is set by torchrun only; with one process under torchrun a group still exists, so collectives work
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        if torch_device.type == "cuda":
-            torch.distributed.init_process_group("nccl", device_id=torch_device)
-        else:
-            torch.distributed.init_process_group("gloo")
+        backend, place = ("nccl", {"device_id": torch_device}) if torch_device.type == "cuda" else ("gloo", {})
+        torch.distributed.init_process_group(backend, store=_meeting_place(), rank=rank, world_size=world_size, **place)
 
     seed_everything(seed)
     return Compute(torch_device, rank, local_rank, world_size)
+
+
+def _meeting_place() -> Any:
+    """The store in which ranks find each other. torchrun keeps one through all restarts, where those that are started
+    again would read where the killed ones were; on one machine the number of the restart tells them apart, of several
+    each may count another."""
+    import torch.distributed as dist
+
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if (
+        os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+    ):
+        print0("restarts over several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun on each")
+    return store
 
 
 def seed_everything(seed: int) -> None:

@@ -124,6 +124,11 @@ class PackedBatches:
             self._epoch, self._rows = epoch, self._pack(epoch)
         return self._rows[at]
 
+    def examples(self, step: int) -> list[int]:
+        """Numbers, in the data's order, of the examples in the step's batch."""
+        rows = range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+        return [example for row in rows for example in self._row(row)]
+
     def get(self, step: int, which: range | None = None) -> Batch:
         """The rows `which` (default all) of the step's global batch."""
         which = range(self.rows_per_step) if which is None else which

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from nanochat.common import atomic_write_text
@@ -11,8 +12,9 @@ _NOT_PLOTTED = {"step", "phase", "lr_scale", "seconds", "tokens_per_s", "elapsed
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The complete lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+    """The complete lines of a metrics.jsonl; null, which stands for what is not a number, as nan."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
 
 def write_report(run_dir: Path, title: str, config: dict, model: str, num_steps: int) -> Path:

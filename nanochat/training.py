@@ -7,10 +7,7 @@ evaluate. All is written under one run directory: step_XXXXXX/ checkpoints, metr
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,19 +15,30 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from nanochat.checkpoint_manager import list_steps, load_beside, load_checkpoint, save_checkpoint
+from nanochat.checkpoint_manager import list_steps, load_beside, load_checkpoint, require_space, save_checkpoint
 from nanochat.common import Compute, UserError, keep_freed_memory, print0
-from nanochat.config import config_to_dict, save_config
+from nanochat.config import config_to_dict
 from nanochat.model.fp8 import use_fp8
 from nanochat.model.kernels import set_ssm_kernel
 from nanochat.model.lm import IGNORE, HybridLM
 from nanochat.model.lora import FILE as LORA_FILE
 from nanochat.model.lora import has_lora, load_adapter
 from nanochat.optim import Optimizers
+from nanochat.parallel import (
+    clip_gradients,
+    load_whole,
+    micro_batches,
+    most_of_ranks,
+    shard,
+    sum_gradients,
+    sum_over_ranks,
+    unsharded,
+)
 from nanochat.report import write_report
+from nanochat.run_log import RunLog
+from nanochat.stopping import FiniteCheck, StopSignal, examples_of, told_to_stop
 from nanochat.tokenizer import Tokenizer
 
 
@@ -96,13 +104,27 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between validations (one more at the end); 0: never."""
     save_every: int = 1000
-    """Steps between checkpoints (one more at the end)."""
+    """Steps between checkpoints (one more at the end, and one where SIGTERM or Ctrl-C ends the run)."""
+    keep_last: int = 2
+    """Checkpoints that are kept; older ones are removed."""
+    keep_best: str = ""
+    """Figure of the validations, like val_loss, by which the best checkpoint is kept too (--model_tag TAG/best): the
+    lowest where it is a loss, else the highest."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Where a step's loss or gradient is not a number: stop before the update, or leave the step out (ten in a row at
+    most)."""
+    shard: bool = False
+    """Split weights, gradients and optimizer state over torchrun's ranks (FSDP2), for models too large for one GPU."""
     log_every: int = 10
     """Steps between printed lines; metrics.jsonl gets every step."""
     resume: Literal["", "auto"] = ""
     """auto: go on from the newest complete checkpoint of this model_tag, if there is one."""
     plan: bool = False
     """Print what the run would cost and stop: model size, tokens, memory, disk, time. Opens every input."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise UserError(f"--keep_last {self.keep_last}: at least 1")
 
 
 class Batches(Protocol):
@@ -192,30 +214,6 @@ def mean_loss(model: HybridLM, batches: Batches, steps: int, config: TrainConfig
     return (total[0] / total[1].clamp_min(1)).item()
 
 
-def micro_batches(rows: int, size: int, compute: Compute) -> list[range]:
-    """This rank's share of a step's rows, in pieces of the device's batch size."""
-    first, last = rows * compute.rank // compute.world_size, rows * (compute.rank + 1) // compute.world_size
-    return [range(s, min(s + size, last)) for s in range(first, last, size)]
-
-
-def sum_over_ranks(tensor: torch.Tensor, compute: Compute) -> None:
-    if compute.world_size > 1:
-        dist.all_reduce(tensor)
-
-
-def sum_gradients(model: nn.Module, compute: Compute) -> None:
-    """Add up the ranks' gradients. Losses are sums over tokens divided by the whole step's count, so the sum is exact
-    however unevenly learned tokens fall on the ranks (an average of averages is not)."""
-    if compute.world_size == 1:
-        return
-    for p in model.parameters():
-        if p.requires_grad and p.grad is None:  # a rank whose rows never touched this weight
-            p.grad = torch.zeros_like(p)
-    pending = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.requires_grad]
-    for work in pending:
-        work.wait()
-
-
 def train(
     model: HybridLM,
     tokenizer: Tokenizer,
@@ -232,8 +230,8 @@ def train(
     """Train through the phases in order; returns the model. With config.plan, print the plan and leave the model alone.
 
     evaluate() returns named figures; it runs every eval_every steps and after the last. best_by: the figure by which
-    the best checkpoint is kept too, in run_dir/best (--model_tag TAG/best). beside: another module that the phases'
-    losses train along with the model, and that its checkpoints hold.
+    the best checkpoint is kept too, in run_dir/best (--model_tag TAG/best), where config.keep_best names no other.
+    beside: another module that the phases' losses train along with the model, and that its checkpoints hold.
     """
     num_steps = sum(p.steps for p in phases)
     if num_steps < 1:
@@ -255,6 +253,9 @@ def train(
     print_plan(model, phases, config, compute, dtype)
     if config.plan:
         return model
+    if config.shard:
+        _check_sharding(model, phases, config, compute)
+        shard(model, compute)
     optimizers = Optimizers(
         model,
         config.matrix_lr,
@@ -265,117 +266,138 @@ def train(
         beside,
         beside_lr,
     )
+    best_by = config.keep_best or best_by
     step, elapsed, best = 0, 0.0, -math.inf
     taken = [0] * len(phases)  # steps done in each phase: its data position
     if config.resume == "auto" and list_steps(run_dir):
         step, elapsed, taken, best = _resume(model, tokenizer, optimizers, run_dir, compute, beside)
+    size = sum(_state_bytes(model))
+    if compute.is_main:
+        require_space(run_dir, size, config.keep_last + bool(best_by))
     log = RunLog(run_dir, config, step) if compute.is_main else None
     save_meta = {"training_config": config_to_dict(config), **(meta or {})}
-    checked_disk = False
+    finite = FiniteCheck(config.on_nan, run_dir)
 
-    def save(directory: Path, keep: int = 2) -> None:
-        nonlocal checked_disk
+    def save(directory: Path, keep: int) -> None:
+        saved = unsharded(model) if config.shard else model
+        optimizer_state = optimizers.state_dict()
         if not compute.is_main:
             return
-        if not checked_disk:
-            _check_disk(run_dir, model)
-            checked_disk = True
+        require_space(directory, size)
         state = {**save_meta, "elapsed_seconds": elapsed, "phase_steps": taken, "rng": torch.get_rng_state().tolist()}
         if best_by:
             state |= {"best": best}
-        save_checkpoint(directory, step, model, tokenizer, state, optimizers.state_dict(), keep, beside)
+        save_checkpoint(directory, step, saved, tokenizer, state, optimizer_state, keep, beside)
+
+    def report() -> None:
+        if log:
+            log.close()
+            write_report(run_dir, log.title, config_to_dict(config), model.description, num_steps)
 
     starts = [sum(p.steps for p in phases[:i]) / num_steps for i in range(len(phases))]
     limit = config.max_minutes * 60 if config.max_minutes > 0 else math.inf
     done = step >= num_steps or elapsed >= limit
-    while not done:
-        began = time.perf_counter()
-        # under a time limit every phase gets its share of the time, whatever the machine's speed
-        progress = max(step / num_steps, elapsed / limit)
-        phase_index = max(i for i, start in enumerate(starts) if start <= progress)
-        phase = phases[phase_index]
-        batches = phase.batches
-        shares = micro_batches(batches.rows_per_step, config.device_batch_size, compute)
-        micros = [batches.get(taken[phase_index], rows) for rows in shares]
-        counts = torch.tensor([sum(batch.learned for batch in micros)], dtype=torch.float64)
-        counts = counts.to(compute.device, torch.float32 if compute.device.type == "mps" else torch.float64)
-        sum_over_ranks(counts, compute)
-        learned = max(1.0, counts.item())
-        loss_sum = torch.zeros(1, device=compute.device)
-        for batch in micros:
-            batch = batch.to(compute.device)
-            with autocast(compute.device, dtype):
-                loss = phase.sum_of_losses(model, batch) / learned
-            loss.backward()
-            loss_sum += loss.detach()
-        for module in modules:
-            sum_gradients(module, compute)
-        sum_over_ranks(loss_sum, compute)
-        loss_value = loss_sum.item()
-        weights = [p for module in modules for p in module.parameters()]
-        norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf).item()
-        if not (math.isfinite(loss_value) and math.isfinite(norm)):
-            raise UserError(
-                f"step {step} ({phase.name}): loss {loss_value}, gradient norm {norm}; stopped before "
-                "the update. Lower the learning rate (--init_lr_frac) and go on with --resume auto"
-            )
-        try:
-            more = phase.figures() if phase.figures else {}
-        except UserError:
-            if log and step:  # what led to it can be looked at
-                log.close()
-                write_report(run_dir, log.title, config_to_dict(config), model.description, num_steps)
-            raise
-        scale = phase.lr * lr_scale(config, step, progress)
-        optimizers.set_lr_scale(scale)
-        optimizers.step()
-        optimizers.zero_grad()
-        step += 1
-        taken[phase_index] += 1
-        seconds = time.perf_counter() - began
-        elapsed += seconds
-        if limit < math.inf:
-            elapsed = _agree(elapsed, compute)  # all ranks must stop at the same step
-        done = step >= num_steps or elapsed >= limit
-        tokens = batches.rows_per_step * batches.max_seq_len
-        figures = {
-            "phase": phase.name,
-            "loss": loss_value,
-            "lr_scale": scale,
-            "grad_norm": norm,
-            "seconds": seconds,
-            **more,
-        }
-        evaluated = False
-        if config.eval_every and evaluate and (step % config.eval_every == 0 or done):
-            paused = time.perf_counter()
-            found = evaluate()
-            figures |= {f"val_{name}" if name in more else name: value for name, value in found.items()}
-            evaluated = True
-            if best_by and found[best_by] > best:
-                best = found[best_by]
-                save(run_dir / "best", keep=1)
-            elapsed += time.perf_counter() - paused  # a time limit is a promise to the user: it counts all time
+    saved_step = step
+    with StopSignal() as stop:
+        while not done:
+            began = time.perf_counter()
+            # under a time limit every phase gets its share of the time, whatever the machine's speed
+            progress = max(step / num_steps, elapsed / limit)
+            phase_index = max(i for i, start in enumerate(starts) if start <= progress)
+            phase = phases[phase_index]
+            batches = phase.batches
+            shares = micro_batches(batches.rows_per_step, config.device_batch_size, compute)
+            micros = [batches.get(taken[phase_index], rows) for rows in shares]
+            learned, stopping = told_to_stop(stop, sum(batch.learned for batch in micros), compute)
+            if stopping:
+                if step > saved_step:
+                    save(run_dir, config.keep_last)
+                if step:
+                    report()
+                stop.leave(compute, step, num_steps, run_dir)
+            loss_sum = torch.zeros(1, device=compute.device)
+            for batch in micros:
+                batch = batch.to(compute.device)
+                with autocast(compute.device, dtype):
+                    loss = phase.sum_of_losses(model, batch) / max(1.0, learned)
+                loss.backward()
+                loss_sum += loss.detach()
+            for module in modules:
+                sum_gradients(module, compute)
+            sum_over_ranks(loss_sum, compute)
+            loss_value = loss_sum.item()
+            weights = [p for module in modules for p in module.parameters()]
+            norm = clip_gradients(weights, config.grad_clip, compute)
+            fine = finite.passes(step, phase.name, loss_value, norm, examples_of(batches, taken[phase_index]))
+            try:
+                more = phase.figures() if phase.figures else {}
+            except UserError:
+                if step:  # what led to it can be looked at
+                    report()
+                raise
+            scale = phase.lr * lr_scale(config, step, progress)
+            if fine:
+                optimizers.set_lr_scale(scale)
+                optimizers.step()
+            optimizers.zero_grad()
+            step += 1
+            taken[phase_index] += 1
+            seconds = time.perf_counter() - began
+            elapsed += seconds
             if limit < math.inf:
-                elapsed = _agree(elapsed, compute)
-                done = done or elapsed >= limit
-        if log:
-            log.write(step, num_steps, figures, tokens, elapsed, limit, show=done or evaluated)
-        if done or step % config.save_every == 0:
-            save(run_dir)
+                elapsed = most_of_ranks(elapsed, compute)  # all ranks must stop at the same step
+            done = step >= num_steps or elapsed >= limit
+            tokens = batches.rows_per_step * batches.max_seq_len
+            figures = {
+                "phase": phase.name,
+                "loss": loss_value,
+                "lr_scale": scale,
+                "grad_norm": norm,
+                "seconds": seconds,
+                **more,
+            }
+            evaluated = False
+            if config.eval_every and evaluate and (step % config.eval_every == 0 or done):
+                paused = time.perf_counter()
+                found = evaluate()
+                figures |= {f"val_{name}" if name in more else name: value for name, value in found.items()}
+                evaluated = True
+                if best_by and (score := score_by(best_by, found)) > best:
+                    best = score
+                    save(run_dir / "best", keep=1)
+                elapsed += time.perf_counter() - paused  # a time limit is a promise to the user: it counts all time
+                if limit < math.inf:
+                    elapsed = most_of_ranks(elapsed, compute)
+                    done = done or elapsed >= limit
+            if log:
+                log.write(step, num_steps, figures, tokens, elapsed, limit, show=done or evaluated)
+            if done or step % config.save_every == 0:
+                save(run_dir, config.keep_last)
+                saved_step = step
+    report()
     if log:
-        log.close()
-        write_report(run_dir, log.title, config_to_dict(config), model.description, num_steps)
         print0(f"wrote {run_dir}")
-    return model
+    return unsharded(model) if config.shard else model
 
 
-def _agree(seconds: float, compute: Compute) -> float:
-    if compute.world_size == 1:
-        return seconds
-    value = torch.tensor([seconds], device=compute.device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value.item()
+def score_by(name: str, figures: dict[str, float]) -> float:
+    """By which the best checkpoint is kept: the higher the better."""
+    if name not in figures:
+        raise UserError(f"--keep_best {name}: the validations have {', '.join(sorted(figures))}")
+    return -figures[name] if name.endswith("loss") else figures[name]
+
+
+def _check_sharding(model: HybridLM, phases: list[Phase], config: TrainConfig, compute: Compute) -> None:
+    if any(phase.loss is not None for phase in phases):
+        raise UserError("--shard: this training reads the model's parts one by one; leave --shard out")
+    if config.fp8 or config.fp8_emulate or has_lora(model):
+        raise UserError("--shard: not together with FP8 or LoRA; leave one of them out")
+    rows = phases[0].batches.rows_per_step
+    if rows % compute.world_size:
+        raise UserError(
+            f"--shard: {rows} rows a step cannot be shared equally by {compute.world_size} devices, which have to work "
+            f"in step: --total_batch_size {rows // compute.world_size * compute.world_size * config.max_seq_len}"
+        )
 
 
 def _resume(
@@ -401,7 +423,7 @@ def _resume(
     if has_lora(model):
         load_adapter(model, directory, saved.state_dict())
     else:
-        model.load_state_dict(saved.state_dict())
+        load_whole(model, saved.state_dict())
     if beside is not None:
         load_beside(directory, beside)
     if state is None:
@@ -417,13 +439,6 @@ def _state_bytes(model: HybridLM) -> tuple[int, int]:
     trained = [(n, p.numel()) for n, p in model.named_parameters() if p.requires_grad]
     state = 4 * sum(n * (1 if name.endswith("proj.weight") else 2) for name, n in trained)
     return 4 * model.num_parameters(), state
-
-
-def _check_disk(run_dir: Path, model: HybridLM) -> None:
-    needed = 3 * sum(_state_bytes(model))  # two kept and one being written
-    free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise UserError(f"{run_dir}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 def print_plan(model: HybridLM, phases: list[Phase], config: TrainConfig, compute: Compute, dtype: torch.dtype) -> None:
@@ -465,64 +480,3 @@ def print_plan(model: HybridLM, phases: list[Phase], config: TrainConfig, comput
     if config.max_minutes > 0:
         estimate = min(estimate, config.max_minutes)
     print0(f"time: about {estimate:.1f} minutes at {rate:,.0f} tokens/s (one pass measured). --plan: stopped here")
-
-
-class RunLog:
-    """metrics.jsonl (one JSON object a step), progress lines, wandb when asked for."""
-
-    def __init__(self, run_dir: Path, config: TrainConfig, resumed_step: int):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.title = f"{run_dir.parent.name}/{run_dir.name}"
-        self.every = config.log_every
-        self.path = run_dir / "metrics.jsonl"
-        save_config(config, run_dir / "config.json")
-        kept = []
-        if resumed_step and self.path.exists():  # steps after the checkpoint will be run, and logged, again
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            kept = [line for line in lines if _logged_step(line) <= resumed_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept if line), encoding="utf-8")
-        os.replace(temporary, self.path)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self.wandb = None
-        if config.run != "dummy":
-            try:
-                import wandb
-            except ImportError:
-                raise UserError(
-                    f'--run needs wandb: pip install "nanochat[wandb]"; without --run all is logged to {self.path}'
-                ) from None
-            self.wandb = wandb.init(project="nanochat", name=config.run, config=config_to_dict(config))
-
-    def write(self, step, num_steps, figures, tokens, elapsed, limit, show) -> None:
-        rate = tokens / figures["seconds"]
-        self.file.write(json.dumps({"step": step, **figures, "tokens_per_s": rate, "elapsed": elapsed}) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log({k: v for k, v in figures.items() if k != "phase"} | {"tokens_per_s": rate}, step=step)
-        extra = {k: v for k, v in figures.items() if k not in ("phase", "loss", "lr_scale", "grad_norm", "seconds")}
-        if not (show or step % self.every == 0 or step == 1):
-            return
-        left = min(elapsed / step * (num_steps - step), limit - elapsed)
-        shown = "".join(f" | {k} {v:.4f}" for k, v in extra.items())
-        print0(
-            f"{figures['phase']} {step}/{num_steps} | loss {figures['loss']:.4f} | lr x{figures['lr_scale']:.2f} | "
-            f"{rate:,.0f} tok/s | {_clock(max(0.0, left))} left{shown}"
-        )
-
-    def close(self) -> None:
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def _logged_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf  # a line cut off by a kill
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"

@@ -16,26 +16,35 @@ _NAME = re.compile(r"[A-Z]\w+")
 
 
 def add_training_worlds(world: World, num_documents: int, seeds: Sequence[int]) -> None:
-    """Into `world`, of each world with these seeds: the training documents whose title is new and in which no word of
-    val or test is, their facts, and the questions that they answer. The n-th world's ids begin with "n_"."""
-    train = _of(world.documents, "train")
+    """Into `world`'s training split, of each world with these seeds: the documents whose title is new and in which no
+    word of val or test is, their facts, and the questions that they answer. The n-th world's ids begin with "n_". They
+    come from all its splits: names get longer as short ones run out, and those of val and test are made last."""
+    train = [document for document in world.documents if document["metadata"]["split"] == "train"]
     # what a held-out document has and no training document: the names; what both have are words like "Its"
     reserved = _words(d for d in world.documents if d["metadata"]["split"] != "train") - _words(train)
     titles = {document["title"] for document in world.documents}
     for number, seed in enumerate(seeds, start=1):
         other = generate_world(num_documents, seed)
-        kept = [d for d in _of(other.documents, "train") if not (_words([d]) & reserved) and d["title"] not in titles]
+        kept = [d for d in other.documents if not (_words([d]) & reserved) and d["title"] not in titles]
         ids = {document["id"]: f"{number}_{document['id']}" for document in kept}
         names = {document["title"] for document in kept}
         titles |= names
-        world.documents += [{**document, "id": ids[document["id"]]} for document in kept]
+        world.documents += [
+            {**document, "id": ids[document["id"]], "metadata": {**document["metadata"], "split": "train"}}
+            for document in kept
+        ]
         world.triples += [triple for triple in other.triples if triple[0] in names]
         for asked, of_other in (
-            (world.questions["train"], other.questions["train"]),
-            (world.multihop["train"], other.multihop["train"]),
-            (world.unanswerable["train"], other.unanswerable["train"]),
+            (world.questions["train"], other.questions),
+            (world.multihop["train"], other.multihop),
+            (world.unanswerable["train"], other.unanswerable),
         ):
-            new = (_renamed(question, number, ids) for question in of_other if set(question["doc_ids"]) <= set(ids))
+            new = (
+                _renamed(question, number, ids)
+                for split in of_other.values()
+                for question in split
+                if set(question["doc_ids"]) <= set(ids)
+            )
             asked += [question for question in new if question["answers"] or not _words_of(question) & reserved]
     nobody = [q for q in world.unanswerable["train"] if not person_in(q["query"], titles)]
     world.unanswerable["train"] = nobody
@@ -46,10 +55,6 @@ def _renamed(question: dict[str, Any], number: int, ids: dict[str, str]) -> dict
     if "hops" in question:
         new["hops"] = [{**hop, "doc_ids": [ids[i] for i in hop["doc_ids"]]} for hop in question["hops"]]
     return new
-
-
-def _of(documents: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    return [document for document in documents if document["metadata"]["split"] == split]
 
 
 def _words(documents: Iterable[dict[str, Any]]) -> set[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
+import resource
 import shutil
 import signal
-from pathlib import Path
+import sys
 
 import pytest
 import torch
@@ -17,7 +20,11 @@ from nanochat.checkpoint_manager import (
     list_steps,
     load_checkpoint,
     load_model,
+    mark_complete,
+    newest,
+    require_space,
     save_checkpoint,
+    verify,
 )
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
@@ -87,57 +94,106 @@ def test_keeps_the_newest_and_replaces_an_earlier_run(tmp_path, small_tokenizer,
     assert load_checkpoint(tmp_path)[2]["run"] == 2
 
 
-def die(*args, **kwargs):
-    os._exit(9)
-
-
-def die_halfway(tensors, path, *args):
-    Path(path).write_bytes(b"half a file")
-    os._exit(9)
-
-
-def die_removing(path, **kwargs):
-    Path(path, "model.safetensors").unlink()
-    os._exit(9)
-
-
-MOMENTS = {  # what is replaced by dying, and which checkpoints are complete then
-    "writing the weights": ("save_file", die_halfway, [1, 2]),
-    "writing the tokenizer": ("Tokenizer.save", die, [1, 2]),
-    "before the marker": ("Path.touch", die, [1, 2]),
-    "before the name": ("Path.rename", die, [1, 2]),
-    "removing the oldest": ("shutil.rmtree", die_removing, [2, 3]),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_writer_leaves_the_old_checkpoint_intact(tmp_path, monkeypatch, small_tokenizer, model, moment):
-    """The process dies (no cleanup, no finally) at each of the moments in which half a checkpoint exists."""
-    for step in (1, 2):
-        save_checkpoint(tmp_path, step, model, small_tokenizer, {})
-    before = {p: p.read_bytes() for p in (tmp_path / "step_000002").iterdir()}
-    name, dying, complete = MOMENTS[moment]
-    child = os.fork()
-    if not child:
+def child(work, *arguments):
+    """Run it in a forked process; its exit status."""
+    pid = os.fork()
+    if not pid:
         try:  # whatever happens, the child must not go on as a second test run
             signal.alarm(30)
-            monkeypatch.setattr(f"nanochat.checkpoint_manager.{name}", dying)
-            save_checkpoint(tmp_path, 3, model, small_tokenizer, {})
-        finally:
+            work(*arguments)
             os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert {p: p.read_bytes() for p in (tmp_path / "step_000002").iterdir()} == before
-    assert list_steps(tmp_path) == complete
-    for step in complete:
-        assert same_weights(load_checkpoint(tmp_path, step)[0], model)
-    save_checkpoint(tmp_path, 4, model, small_tokenizer, {})  # what lies half-written is in nobody's way
-    assert list_steps(tmp_path)[-1] == 4
-    assert not list(tmp_path.glob(".writing-*"))
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_at(number, root):
+    """Die, with no cleanup and no finally, before the number-th time that something below root is opened, made,
+    renamed or removed."""
+    seen = itertools.count(1)
+
+    def hook(event, arguments):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            inside = len(arguments) > 1 and arguments[-1] not in (-1, None) and event in ("os.remove", "os.rmdir")
+            if (inside or str(arguments[0]).startswith(str(root))) and next(seen) == number:
+                os._exit(9)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize(("step", "others"), [(3, [1, 2]), (2, [1, 2]), (1, [1, 2])], ids=["new", "same", "earlier"])
+def test_a_writer_killed_at_any_moment_leaves_the_newest_state_whole(tmp_path, small_tokenizer, model, step, others):
+    """step: a new one; one that an earlier run has; one before others of an earlier run."""
+    original, root = tmp_path / "original", tmp_path / "root"
+    for old in others:
+        save_checkpoint(original, old, model, small_tokenizer, {"run": 1})
+    seen = set()
+    for number in itertools.count(1):
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(original, root)
+
+        def save(number=number):
+            die_at(number, root)
+            save_checkpoint(root, step, model, small_tokenizer, {"run": 2})
+
+        status = child(save)
+        loaded, _, meta, _ = load_checkpoint(root)
+        assert same_weights(loaded, model)
+        assert (meta["step"], meta["run"]) in {(2, 1), (step, 2)}
+        seen.add((meta["step"], meta["run"]))
+        for complete in list_steps(root):
+            verify(newest(root, complete))
+        if status == 0:
+            break
+        assert status == 9
+        save_checkpoint(root, 4, model, small_tokenizer, {})  # what lies half-written is in nobody's way
+        assert list_steps(root)[-1] == 4
+        assert not [file for file in root.iterdir() if not re.fullmatch(r"step_\d{6}", file.name)]
+    assert number > 15 and seen == {(2, 1), (step, 2)}
+
+
+def test_a_full_disk_is_told_and_the_old_checkpoint_stays(tmp_path, small_tokenizer, model, monkeypatch):
+    save_checkpoint(tmp_path, 1, model, small_tokenizer, {})
+    before = {p: p.read_bytes() for p in (tmp_path / "step_000001").iterdir()}
+    most = (tmp_path / "step_000001/model.safetensors").stat().st_size
+
+    def filled():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing on is an error, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most // 2, most // 2))
+        with pytest.raises(UserError, match=r"cannot write .*step_000002 \(.+\); .*step_000001 is whole"):
+            save_checkpoint(tmp_path, 2, model, small_tokenizer, {})
+
+    assert child(filled) == 0
+    assert {p: p.read_bytes() for p in (tmp_path / "step_000001").iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["step_000001"]
+    save_checkpoint(tmp_path, 2, model, small_tokenizer, {})
+    with pytest.raises(UserError, match=r"need 1e\+06 GB more, and .* GB are free.*step_000002 is whole"):
+        require_space(tmp_path, 10**15)
+    require_space(tmp_path / "not" / "there", 1000)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json", "tokenizer.json"])
+def test_a_changed_byte_is_noticed(tmp_path, small_tokenizer, model, name):
+    path = save_checkpoint(tmp_path, 1, model, small_tokenizer, {}, {"embed.weight/step": torch.tensor(1.0)})
+    content = bytearray((path / name).read_bytes())
+    content[-3] ^= 1
+    (path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"step_000001 is damaged \({name} is not as it was written\)"):
+        load_checkpoint(tmp_path)
+    if name == "optimizer.safetensors":  # it is not read, and not looked at, where only the model is wanted
+        load_checkpoint(tmp_path, with_optimizer=False)
+
+
+def test_checkpoints_from_before_checksums_still_load(tmp_path, small_tokenizer, model):
+    path = save_checkpoint(tmp_path, 1, model, small_tokenizer, {})
+    (path / "COMPLETE").write_text("")
+    assert same_weights(load_checkpoint(tmp_path)[0], model)
 
 
 def test_another_tokenizer_is_refused(tmp_path, small_tokenizer, model):
     path = save_checkpoint(tmp_path, 1, model, small_tokenizer, {})
     Tokenizer.train(["something else entirely"] * 3, 280).save(path)
+    mark_complete(path)
     with pytest.raises(UserError, match=r"step_000001: tokenizer.json is not the one"):
         load_checkpoint(tmp_path)
 
@@ -145,6 +201,7 @@ def test_another_tokenizer_is_refused(tmp_path, small_tokenizer, model):
 def edit_meta(path, **changes):
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps({k: v for k, v in {**meta, **changes}.items() if v is not None}))
+    mark_complete(path)
 
 
 DAMAGE = {

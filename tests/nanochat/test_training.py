@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanochat import training
-from nanochat.checkpoint_manager import list_steps, load_checkpoint
+from nanochat.checkpoint_manager import list_steps, load_checkpoint, mark_complete
 from nanochat.common import Compute, UserError
 from nanochat.model.lm import IGNORE
 from nanochat.packing import PackedBatches, TokenData
@@ -220,6 +220,7 @@ def test_resume_refuses_another_model_or_tokenizer(run, small_tokenizer, make_mo
         model = make_model(small_tokenizer.vocab_size)
         train(model, other, [Phase("t", batches(), 2)], config(resume="auto"), CPU, run.directory())
     (run.directory() / "step_000002" / "optimizer.safetensors").unlink()
+    mark_complete(run.directory() / "step_000002")  # as a model that was imported
     with pytest.raises(UserError, match="no optimizer state"):
         run(steps=4, resume="auto")
 
