@@ -20,7 +20,14 @@ from nanochat.checkpoint_manager import OPTIMIZER, commit, list_steps, newest, r
 from nanochat.common import Compute, UserError, print0
 from nanochat.config import config_to_dict
 from nanochat.optim import NamedOptimizers, adamw
-from nanochat.parallel import clip_gradients, micro_batches, most_of_ranks, sum_gradients, sum_over_ranks
+from nanochat.parallel import (
+    agree_on_step,
+    clip_gradients,
+    micro_batches,
+    most_of_ranks,
+    sum_gradients,
+    sum_over_ranks,
+)
 from nanochat.report import write_report
 from nanochat.run_log import RunLog
 from nanochat.stopping import FiniteCheck, StopSignal, examples_of, told_to_stop
@@ -71,6 +78,7 @@ def train(
     if config.resume == "auto" and list_steps(run_dir):
         step, elapsed, best = _resume(learner, optimizers, newest(run_dir, with_optimizer=True))
         print0(f"resuming {run_dir} after step {step}")
+    agree_on_step(step, run_dir, compute)
     size = 4 * (total + 2 * learned)  # weights, and two moments of what is learned, in float32
     if compute.is_main:
         require_space(run_dir, size, config.keep_last + bool(config.keep_best))

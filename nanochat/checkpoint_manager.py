@@ -138,7 +138,7 @@ def commit(root: Path, step: int, write: Callable[[Path], None], meta: dict, kee
         write(temporary)
         meta = {"format_version": FORMAT_VERSION, "step": step, "git_revision": git_revision(), **meta}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             _fsync(file)
         mark_complete(temporary)
         _fsync(temporary)
@@ -163,9 +163,10 @@ def commit(root: Path, step: int, write: Callable[[Path], None], meta: dict, kee
 
 def mark_complete(directory: Path) -> None:
     """Say that a checkpoint is whole, and what its files are."""
-    files = {file.name: _entry(file) for file in sorted(directory.iterdir()) if file.name != MARKER}
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file != directory / MARKER]
+    entries = {file.relative_to(directory).as_posix(): _entry(file) for file in files}
     with open(directory / MARKER, "w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=2)
+        json.dump({"files": entries}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
 

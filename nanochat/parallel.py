@@ -11,6 +11,7 @@ arXiv 1910.02054; torch's fully_shard), gathers a block's weights when the block
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,15 @@ def most_of_ranks(value: float, compute: Compute) -> float:
     tensor = torch.tensor([value], device=compute.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def agree_on_step(step: int, run_dir: Path, compute: Compute) -> None:
+    """UserError where ranks would go on from different checkpoints: gradients of different models would be added up."""
+    if most_of_ranks(step, compute) != -most_of_ranks(-step, compute):
+        raise UserError(
+            f"the machines see different checkpoints in {run_dir} (this one: step {step}); NANOCHAT_BASE_DIR has to be "
+            "one folder for all of them"
+        )
 
 
 def sum_gradients(model: nn.Module, compute: Compute) -> None:

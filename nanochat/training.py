@@ -27,6 +27,7 @@ from nanochat.model.lora import FILE as LORA_FILE
 from nanochat.model.lora import has_lora, load_adapter
 from nanochat.optim import Optimizers
 from nanochat.parallel import (
+    agree_on_step,
     clip_gradients,
     load_whole,
     micro_batches,
@@ -271,6 +272,7 @@ def train(
     taken = [0] * len(phases)  # steps done in each phase: its data position
     if config.resume == "auto" and list_steps(run_dir):
         step, elapsed, taken, best = _resume(model, tokenizer, optimizers, run_dir, compute, beside)
+    agree_on_step(step, run_dir, compute)
     size = sum(_state_bytes(model))
     if compute.is_main:
         require_space(run_dir, size, config.keep_last + bool(best_by))

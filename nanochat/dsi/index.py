@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
 from torch import Tensor
 
 from nanochat.common import UserError, atomic_write_text
@@ -128,7 +128,14 @@ class SearchIndex:
 
     def save(self, directory: Path) -> None:
         """Into an existing folder."""
-        save_model(self.model, str(directory / "index.safetensors"))  # T5 has one table under several names
+        # T5 has one table under several names; the first is kept (save_model takes any, and no two files are the same)
+        tensors: dict[str, Tensor] = {}
+        places = set()
+        for name, tensor in self.model.state_dict().items():
+            if tensor.data_ptr() not in places:
+                places.add(tensor.data_ptr())
+                tensors[name] = tensor.contiguous()
+        save_file(tensors, directory / "index.safetensors")
         ids = self.ids
         if self.text.own:
             self.text.tokenizer.save(directory / "tokenizer")
