@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,3 +72,17 @@ def print_figures(figures: dict[str, float], as_json: bool) -> None:
     print("\n" + table(["figure", "value"], list(figures.items())))
     if as_json:
         print(json.dumps({"figures": {name: round(value, 4) for name, value in figures.items()}}))
+
+
+def on_small_disk(size: str, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module --disk DISK` with a disk of its own, in memory, that nothing else sees; its exit status."""
+    if shutil.which("unshare") is None:
+        raise UserError("cannot mount a small disk: there is no unshare; give one with --disk")
+    with tempfile.TemporaryDirectory() as disk:
+        mount = f"mount -t tmpfs -o size={size} none '{disk}' || exit 3; "
+        alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+        able = subprocess.run([*alone, f"{mount}exit 0"], capture_output=True, text=True)
+        if able.returncode:
+            raise UserError(f"cannot mount a small disk ({able.stderr.strip()}); give one with --disk")
+        call = [sys.executable, "-m", module, "--disk", disk, *arguments]
+        return subprocess.run([*alone, f'{mount}exec "$@"', "sh", *call]).returncode

@@ -139,6 +139,8 @@ def commit(root: Path, step: int, write: Callable[[Path], None], meta: dict, kee
         meta = {"format_version": FORMAT_VERSION, "step": step, "git_revision": git_revision(), **meta}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
         for file in temporary.rglob("*"):
+            if file.is_file():  # safetensors makes files that nobody else may read
+                file.chmod(temporary.stat().st_mode & 0o666)
             _fsync(file)
         mark_complete(temporary)
         _fsync(temporary)

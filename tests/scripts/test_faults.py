@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from bench._ranks import Runs, kill_a_rank, ranks_of
+from bench._ranks import REPOSITORY, Runs, kill_a_rank, ranks_of
 from bench.faults import checkpoint_kills
 from nanochat.checkpoint_manager import list_steps, load_checkpoint
 
@@ -110,3 +113,14 @@ def test_checkpoints_survive_kills_at_random_moments(tmp_path: Path) -> None:
     figures = checkpoint_kills(10, tmp_path / "checkpoints")
     assert figures["kills_checkpoint"] == 10 and figures["lost"] == figures["torn_reads"] == 0
     assert figures["reads"] > 10
+
+
+def test_a_disk_that_fills_up_while_a_run_is_under_way() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.faults_training_disk", "--json"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if "cannot mount" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    assert figures["refused_runs"] == 3 and figures["resumed_max_loss_diff"] == 0
