@@ -8,6 +8,7 @@ after the other, every second one as a stream. Times are those of the streams.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -55,6 +58,21 @@ class Seen:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+def read_stream(response: httpx.Response, began: float) -> tuple[float, int, str]:
+    """Seconds until its first token, its tokens, and what was wrong with it."""
+    first, tokens, trouble = 0.0, 0, ""
+    for line in response.iter_lines():
+        if line == "data: [DONE]":
+            return first, tokens, trouble
+        if not line:
+            continue
+        chunk = json.loads(line[6:])
+        trouble = trouble or str(chunk.get("error", ""))
+        if any(choice["delta"].get("content") for choice in chunk.get("choices", [])):
+            first, tokens = first or time.monotonic() - began, tokens + 1
+    return first, tokens, trouble or "the stream broke off"
+
+
 def ask(url: str, questions: list[str], number: int, until: float, seen: Seen) -> None:
     rng = random.Random(number)
     with httpx.Client(timeout=60) as client:
@@ -69,17 +87,7 @@ def ask(url: str, questions: list[str], number: int, until: float, seen: Seen) -
                     elif not body["stream"]:
                         tokens = json.loads(response.read())["usage"]["completion_tokens"]
                     else:
-                        for line in response.iter_lines():
-                            if line == "data: [DONE]":
-                                break
-                            if not line:
-                                continue
-                            chunk = json.loads(line[6:])
-                            trouble = trouble or str(chunk.get("error", ""))
-                            if any(choice["delta"].get("content") for choice in chunk.get("choices", [])):
-                                first, tokens = first or time.monotonic() - began, tokens + 1
-                        else:
-                            trouble = trouble or "the stream broke off"
+                        first, tokens, trouble = read_stream(response, began)
             except httpx.HTTPError as error:
                 trouble = type(error).__name__
             with seen.lock:
@@ -92,26 +100,18 @@ def ask(url: str, questions: list[str], number: int, until: float, seen: Seen) -
                     seen.errors.append(trouble)
 
 
-def resident(pid: int) -> float:
-    """Megabytes that the process holds."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def main() -> None:
-    config = load_config(Config)
-    start(config.threads)
-    queries = config.home / "rag_examples/queries/test.jsonl"
-    questions = [query["query"] for query in read_queries(queries)]
+@contextlib.contextmanager
+def served(home: Path, threads: int, log: IO | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address and the process of scripts.chat_web over what runs/demo.sh made. log: where its complaints go."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["--knowledge_base", config.home / "rag_examples/knowledge_base", "--port", port]
-    environment = {"NANOCHAT_BASE_DIR": str(config.home), "OMP_NUM_THREADS": str(config.threads)}
+    command = ["--knowledge_base", home / "rag_examples/knowledge_base", "--port", port]
     server = subprocess.Popen(
         [sys.executable, "-m", "scripts.chat_web", *map(str, command)],
-        env={**os.environ, **environment},
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(home), "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.DEVNULL,
+        stderr=log,
     )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -123,6 +123,27 @@ def main() -> None:
                 break
             except httpx.HTTPError:
                 time.sleep(0.1)
+        yield url, server
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def read_questions(home: Path) -> list[str]:
+    return [query["query"] for query in read_queries(home / "rag_examples/queries/test.jsonl")]
+
+
+def resident(pid: int) -> float:
+    """Megabytes that the process holds."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def main() -> None:
+    config = load_config(Config)
+    start(config.threads)
+    questions = read_questions(config.home)
+    with served(config.home, config.threads) as (url, server):
         seen, until = Seen(), time.monotonic() + config.seconds
         clients = [threading.Thread(target=ask, args=(url, questions, n, until, seen)) for n in range(config.clients)]
         for client in clients:
@@ -142,9 +163,6 @@ def main() -> None:
             "memory_warm_mb": warm,
             "memory_end_mb": resident(server.pid),
         }
-    finally:
-        server.terminate()
-        server.wait(20)
     for error in sorted(set(seen.errors))[:5]:
         print(f"{seen.errors.count(error)} times: {error}")
     print_figures(figures, config.json)

@@ -77,7 +77,9 @@ def format_config(config: Any) -> str:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the config as JSON, atomically."""
-    atomic_write_text(path, json.dumps(config_to_dict(config), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(config_to_dict(config), indent=2, ensure_ascii=False) + "\n"
+    # bytes of a path that are not UTF-8 are halves of surrogate pairs here, which JSON can only escape
+    atomic_write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _plain(value: Any) -> Any:
@@ -134,7 +136,10 @@ def _read_config_file(path: Path, field_types: dict[str, Any]) -> dict[str, Any]
     except OSError as error:
         raise UserError(f"cannot read the config file {path} ({error.strerror})") from error
     except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid Python ({error.msg})") from error
+        where = f"{path}:{error.lineno}" if error.lineno else path  # of a NUL the parser does not say where
+        raise UserError(f"{where}: not valid Python ({error.msg})") from error
+    except (MemoryError, RecursionError):
+        raise UserError(f"{path}: not usable Python (nested too deeply)") from None
     except ValueError as error:  # not UTF-8, or a NUL
         raise UserError(f"{path}: not a Python text file ({error})") from error
 
@@ -143,7 +148,8 @@ def _read_config_file(path: Path, field_types: dict[str, Any]) -> dict[str, Any]
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}:{lines[-1]}" if lines else str(path)
-        raise UserError(f"{where}: the config file failed ({type(error).__name__}: {error})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{where}: the config file failed ({reason})") from error
 
     assigned = _assigned_lines(tree)
     values = {}

@@ -221,7 +221,8 @@ def _validate_assistant(message: dict[str, Any], where: str, training: bool) -> 
         written = ""
         for number, part in enumerate(content, start=1):
             kind = part.get("type") if isinstance(part, dict) else None
-            key = {"text": "text", "search": "query", "documents": "documents"}.get(kind)
+            keys = {"text": "text", "search": "query", "documents": "documents"}
+            key = keys.get(kind) if isinstance(kind, str) else None
             if key is None:
                 raise UserError(f"{where}, part {number}: type {kind!r} is not one of text, search, documents")
             if key == "documents":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, get_base_dir, save_array
 
 if TYPE_CHECKING:
     from nanochat.tokenizer import Tokenizer
@@ -192,9 +192,13 @@ def _tokenize_to(folder: Path, files: list[Path], tokenizer: Tokenizer, max_char
     # several ranks may do this at once: each writes its own folder, the first to finish wins
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".tokenizing-", dir=folder.parent))
-    for split in ids:
-        np.save(temporary / f"{split}_ids.npy", np.concatenate(ids[split]))
-        np.save(temporary / f"{split}_starts.npy", np.asarray(starts[split], np.int64))
+    try:
+        for split in ids:
+            save_array(temporary / f"{split}_ids.npy", np.concatenate(ids[split]))
+            save_array(temporary / f"{split}_starts.npy", np.asarray(starts[split], np.int64))
+    except OSError as error:
+        shutil.rmtree(temporary)
+        raise UserError(f"cannot write {folder} ({error.strerror}); make room, or set NANOCHAT_BASE_DIR") from error
     try:
         temporary.rename(folder)
     except OSError:

@@ -64,7 +64,7 @@ class PrefixCache:
     used longest ago go first when they take more than max_bytes."""
 
     def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
+        self.max_bytes, self.nbytes = max_bytes, 0
         self.states: OrderedDict[tuple[int, ...], Cache] = OrderedDict()
 
     def longest(self, prompt: Sequence[int]) -> tuple[int, Cache] | None:
@@ -78,14 +78,16 @@ class PrefixCache:
 
     def put(self, ids: Sequence[int], cache: Cache) -> None:
         """Keep a copy of a one-row cache that has read exactly these tokens."""
-        self.states.pop(tuple(ids), None)
-        self.states[tuple(ids)] = cache.fork()
+        self._drop(tuple(ids))
+        state = cache.fork()
+        self.states[tuple(ids)] = state
+        self.nbytes += state.nbytes
         while self.nbytes > self.max_bytes:
-            self.states.popitem(last=False)
+            self._drop(next(iter(self.states)))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self.states.values())
+    def _drop(self, ids: tuple[int, ...]) -> None:
+        if ids in self.states:
+            self.nbytes -= self.states.pop(ids).nbytes
 
 
 Row = list[Request]  # that have the same tokens so far

@@ -1,4 +1,4 @@
-"""Our tokenizer as a `tokenizers` file with a chat template for transformers and vLLM, and back.
+"""Our tokenizer as a `tokenizers` file with a chat template for transformers and vLLM, and back; text for others'.
 
 The file holds the same vocabulary, ids and splitting pattern; merges are found again from the ranks. The chat template
 writes what `nanochat/conversation.py` renders, and tests hold the two to the same ids. One difference cannot be closed
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,38 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+class OrdinaryText:
+    """Text as ids of a tokenizer of transformers, and never as one that controls: what spells a special token becomes
+    the tokens of its letters. controls: ids that control though the vocabulary has them as words."""
+
+    def __init__(self, tokenizer: Any, controls: Collection[int | None] = ()):
+        self.tokenizer = tokenizer
+        self._special = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
+        if tokenizer.unk_token_id not in controls:  # an unknown word, which controls nothing
+            self._special.discard(tokenizer.unk_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Nothing is put before or behind it."""
+        ids = []
+        for i in self._found(text):
+            if i in self._special:  # a vocabulary that holds the spelling as a word
+                spelled = self.tokenizer.convert_ids_to_tokens(i)
+                ids += [j for letter in spelled for j in self._found(letter) if j not in self._special]
+            else:
+                ids.append(i)
+        return ids
+
+    def _found(self, text: str) -> list[int]:
+        """The tokenizer's own steps less its search for added tokens, which would find them in any text."""
+        fast = self.tokenizer.backend_tokenizer
+        if fast.normalizer is not None:
+            text = fast.normalizer.normalize_str(text)
+        words = [text]
+        if fast.pre_tokenizer is not None:
+            words = [word for word, _ in fast.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in fast.model.tokenize(word)]
 
 
 def byte_letters() -> dict[int, str]:

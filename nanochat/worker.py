@@ -8,12 +8,21 @@ worker.close()
 
 from __future__ import annotations
 
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanochat.engine import Batch, Engine
 from nanochat.searching import Request
+
+
+def what_failed(error: BaseException) -> str:
+    """An error for a server's log: its kind and where it was raised, without its words, which may be a user's."""
+    while getattr(error, "exceptions", ()):  # a group: its first
+        error = error.exceptions[0]
+    return f"{type(error).__name__}:\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip()
 
 
 class Busy(Exception):
@@ -49,7 +58,11 @@ class Ticket:
         self._given += len(new)
         reason = "error" if error else self.request.finish_reason
         if new or reason:
-            self._on_event(Event(new, reason, error))
+            try:
+                self._on_event(Event(new, reason, error))
+            except Exception as failure:  # of one listener: the others are told theirs
+                print(what_failed(failure), file=sys.stderr, flush=True)
+                self.cancel()
         return bool(reason)
 
 
@@ -105,13 +118,14 @@ class Worker:
                     break
                 new, dropped = self._new, self._dropped
                 self._new, self._dropped = [], []
-            for ticket in new:
-                batch.add(ticket.request)
-            for ticket in dropped:
-                batch.drop(ticket.request)
             try:
+                for ticket in new:
+                    batch.add(ticket.request)
+                for ticket in dropped:
+                    batch.drop(ticket.request)
                 moved = batch.step()
             except Exception as error:  # the batch is in no state to go on: all hear of it, and the next begin anew
+                print(what_failed(error), file=sys.stderr, flush=True)
                 batch = Batch(self.engine, self.max_rows)
                 self._fail(f"{type(error).__name__}: {error}")
                 continue

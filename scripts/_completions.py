@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import HTTPException, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nanochat.citations import Source, cited_passages
 from nanochat.common import UserError
@@ -43,12 +43,18 @@ class Limits:
 # --- what a client may ask
 
 
-class TextPart(BaseModel):
+class Strict(BaseModel):
+    """A number is no text, and a text no number."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
@@ -57,44 +63,164 @@ class Message(BaseModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
+def _whole(value: Any) -> Any:
+    """1.0 is 1 in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class Completion(BaseModel):
+class Completion(Strict):
     """Of OpenAI's settings those that mean something here; others are ignored."""
 
-    model_config = ConfigDict(extra="ignore")
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), Whole] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), Whole] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Whole] | None = None
     n: Literal[1] = 1
     knowledge_base: str | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K), Whole] | None = None
     retrieval: bool = True
 
 
 class Refused(HTTPException):
     """An error as OpenAI words them."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         kind = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}.get(status)
         kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
-        super().__init__(status, {"message": message, "type": kind, "param": param, "code": code})
+        super().__init__(status, {"message": message, "type": kind, "param": param, "code": code}, headers)
 
 
 def overloaded() -> Refused:
-    return Refused(429, "too many requests are waiting; try again in a moment", "overloaded")
+    why = "too many requests are waiting; try again in a moment"
+    return Refused(429, why, "overloaded", headers={"Retry-After": "1"})
+
+
+def unfit(error: UserError) -> Refused:
+    return Refused(400, str(error), "context_length_exceeded" if "tokens" in str(error) else None, "messages")
+
+
+# --- what a server answers
+
+
+class Failure(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Failed(BaseModel):
+    error: Failure
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+    load: int
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Base(BaseModel):
+    id: str
+    documents: int
+    retriever: str
+
+
+class Bases(BaseModel):
+    object: Literal["list"]
+    data: list[Base]
+
+
+class Text(BaseModel):
+    """A document."""
+
+    id: str
+    title: str
+    content: str
+    source: str = ""
+    metadata: dict[str, Any] = {}
+
+
+class Found(Text):
+    """A document that the model was given, under its number. passage: what of its content the answer cites."""
+
+    number: int
+    read: bool
+    score: float
+    explanation: dict[str, Any] = {}
+    passage: tuple[int, int] | None = None
+
+
+class Url(BaseModel):
+    start_index: int
+    end_index: int
+    title: str
+    url: str
+
+
+class Citation(BaseModel):
+    type: Literal["url_citation"]
+    url_citation: Url
+
+
+class Said(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    annotations: list[Citation]
+
+
+class Choice(BaseModel):
+    index: int
+    message: Said
+    finish_reason: Literal["stop", "length"]
+    logprobs: None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    sources: list[Found]
 
 
 @dataclass
@@ -158,13 +284,17 @@ class Chat:
         max_tokens = min(asked.max_completion_tokens or asked.max_tokens or self.limits.max_tokens, self.room)
         held = min(max_tokens, self.room // 4)
         searches = self.max_hops > 0 and asked.retrieval
+        tokenizer = self.engine.tokenizer
+        room = self.room // 2 if searches else self.room - held
         documents: list[Document] = []
+        try:
+            render_prompt({"messages": messages}, tokenizer, room)  # what cannot be answered is not searched for
+        except UserError as error:
+            raise unfit(error) from None
         if asked.retrieval and not searches:
             documents = manager.retrieve(messages[-1]["content"], asked.top_k or self.top_k)
             found = {"role": "retrieval", "documents": [document.to_dict() for document in documents]}
             messages = [*messages[:-1], found, messages[-1]]
-        tokenizer = self.engine.tokenizer
-        room = self.room // 2 if searches else self.room - held
         try:
             prompt = render_prompt({"messages": messages}, tokenizer, room, self.limits.max_doc_length)
             sampling = Sampling(
@@ -176,8 +306,7 @@ class Chat:
                 seed=asked.seed or 0,
             )
         except UserError as error:
-            code = "context_length_exceeded" if "tokens" in str(error) else None
-            raise Refused(400, str(error), code, "messages") from None
+            raise unfit(error) from None
         searching = None
         if searches:
             most = asked.top_k or self.top_k
@@ -208,7 +337,7 @@ class Chat:
             while True:
                 event = await events.get()
                 if event.error:
-                    raise Refused(500, event.error)
+                    raise Refused(500, "the answer failed; the server's log says where", "internal_error")
                 ids += event.ids
                 text = _before_stop(answer_text(ids, self.engine.tokenizer), request.sampling.stop)
                 if not event.finish_reason:  # half a character, or half a stop text, waits for the rest

@@ -11,17 +11,17 @@
     GET  /v1/knowledge_bases        names and sizes
     GET  /v1/knowledge_bases/NAME/documents/ID     a document's text
     GET  /health
+    GET  /openapi.json              all of this for programs
 
-It listens on this machine alone unless told otherwise. Nothing that is said is logged or kept.
+It listens on this machine alone unless told otherwise. Nothing that is said is logged or kept. With a key, only the
+page and /health are open to those who do not send it. Requests are limited in their length and in the time that they
+may take to arrive, answers in the time that they may lie unread.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
+import ipaddress
 import os
-import re
 import socket
 import time
 import uuid
@@ -32,41 +32,32 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+# Before torch is loaded. oneDNN keeps what it has compiled for the last 1,024 shapes, and prompts come in every length.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_init, print0, run_main
 from nanochat.config import load_config
 from nanochat.engine import Engine
 from nanochat.retrieval import RetrievalManager
+from nanochat.retrieval.serve import warm_up
 
 try:
     import uvicorn
-    from fastapi import Depends, FastAPI, Request
+    from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
 
+    from scripts import _completions as api
     from scripts._completions import Chat, Completion, Limits, Refused, overloaded, stream, whole
+    from scripts._guard import MAX_HEAD_BYTES, Connection, Guard, security
 except ModuleNotFoundError as error:
     raise SystemExit(f"error: {error.name} is missing: pip install 'nanochat[web]'") from None
 
 PAGE = Path(__file__).with_suffix(".html")
-MAX_BODY_BYTES = 2_000_000
-
-
-def security(page: str) -> dict[str, str]:
-    """Headers for every answer: of scripts and styles a browser runs those of the page alone."""
-
-    def digest(tag: str) -> str:
-        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-    policy = f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; connect-src 'self'"
-    return {
-        "Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass
@@ -94,6 +85,9 @@ class Config:
     """Address to listen on; 0.0.0.0: every one this machine has."""
     port: int = 8000
     """Port to listen on."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Names that it may be called by, separated by commas; where it listens on this machine alone, or any are given,
+    requests for other names are refused: a page of another site could have its own name lead here."""
     api_key: str = field(default_factory=lambda: os.environ.get("NANOCHAT_API_KEY", ""))
     """If given, or in NANOCHAT_API_KEY, clients have to send it: Authorization: Bearer KEY."""
     max_rows: int = 16
@@ -124,20 +118,16 @@ def create_app(config: Config, engine: Engine, meta: dict[str, Any], managers: d
         yield
         chat.worker.close()
 
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="nanochat", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.chat = chat
-
-    async def allowed(request: Request) -> None:
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-        if config.api_key and not hmac.compare_digest(sent, config.api_key.encode()):
-            raise Refused(401, "this server needs its key: Authorization: Bearer KEY", "invalid_api_key")
+    app.add_middleware(Guard, hosts=known_hosts(config), api_key=config.api_key)
 
     @app.exception_handler(HTTPException)  # Starlette's, and so FastAPI's and Refused
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         detail = error.detail
         if not isinstance(detail, dict):  # of the framework: no such address, no such method
             detail = {"message": str(detail), "type": "invalid_request_error", "param": None, "code": None}
-        return JSONResponse({"error": detail}, error.status_code)
+        return JSONResponse({"error": detail}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -147,27 +137,32 @@ def create_app(config: Config, engine: Engine, meta: dict[str, Any], managers: d
         return JSONResponse({"error": {**detail, "param": place or None, "code": None}}, 400)
 
     page_text = PAGE.read_text(encoding="utf-8")
-    app.add_middleware(Guard, headers=security(page_text))
+    failures: dict[int | str, dict[str, Any]] = {status: {"model": api.Failed} for status in ("4XX", "5XX")}
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(page_text, headers={"Cache-Control": "no-cache"})
 
-    @app.get("/health")
+    @app.get("/health", response_model=api.Health, responses=failures)
     async def health() -> dict[str, Any]:
         return {"status": "ok", "load": chat.worker.load}
 
-    @app.get("/v1/models", dependencies=[Depends(allowed)])
+    @app.get("/v1/models", response_model=api.Models, responses=failures)
     async def models() -> dict[str, Any]:
         one = {"id": chat.name, "object": "model", "created": chat.created, "owned_by": "nanochat"}
         return {"object": "list", "data": [one]}
 
-    @app.get("/v1/knowledge_bases", dependencies=[Depends(allowed)])
+    @app.get("/v1/knowledge_bases", response_model=api.Bases, responses=failures)
     async def knowledge_bases() -> dict[str, Any]:
         data = [{"id": n, "documents": len(m), "retriever": m.retriever_type} for n, m in chat.managers.items()]
         return {"object": "list", "data": data}
 
-    @app.get("/v1/knowledge_bases/{name}/documents/{id:path}", dependencies=[Depends(allowed)])
+    @app.get(
+        "/v1/knowledge_bases/{name}/documents/{id:path}",
+        response_model=api.Text,
+        response_model_exclude_unset=True,
+        responses=failures,
+    )
     async def document(name: str, id: str) -> dict[str, Any]:
         _, manager = chat.manager(name)
         (found,) = await run_in_threadpool(manager.retriever.get, [id])
@@ -175,14 +170,25 @@ def create_app(config: Config, engine: Engine, meta: dict[str, Any], managers: d
             raise Refused(404, f"no document {id!r} in {name}", "not_found")
         return found.to_dict(with_score=False)
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(allowed)])
+    # each event's data: a chunk as OpenAI has them, or [DONE]
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    streamed = {"content": {"text/event-stream": {"schema": event}}}
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=api.Answer,
+        response_model_exclude_unset=True,
+        responses={200: streamed, **failures},
+    )
     async def completions(asked: Completion, http: Request) -> Any:
+        if chat.full:  # before it costs a search, and before an answer's head is sent
+            raise overloaded()
         prepared = await run_in_threadpool(chat.prepare, asked)
         place = f"{http.base_url}v1/knowledge_bases/{quote(prepared.base, safe='')}/documents/"
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
         if not asked.stream:
             return await whole(chat, prepared, place, about, http)
-        if chat.full:  # before the answer's head is sent
+        if chat.full:
             raise overloaded()
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         chunks = stream(chat, prepared, place, about, with_usage)
@@ -191,41 +197,27 @@ def create_app(config: Config, engine: Engine, meta: dict[str, Any], managers: d
     return app
 
 
-class Guard:
-    """Refuses bodies that are too long before anything parses them, and adds headers that browsers obey."""
-
-    def __init__(self, app: Any, headers: dict[str, str]):
-        self.app = app
-        self.headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        size = 0
-
-        async def limited() -> Any:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY_BYTES:
-                raise too_long()
-            return message
-
-        async def secured(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *self.headers]
-            await send(message)
-
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
-            await JSONResponse({"error": too_long().detail}, 413)(scope, receive, secured)
-        else:
-            await self.app(scope, limited, secured)
+# --- in front of it
 
 
-def too_long() -> Refused:
-    return Refused(413, f"the request is over {MAX_BODY_BYTES:,} bytes", "request_too_large")
+def known_hosts(config: Config) -> list[str] | None:
+    """The names that requests may be for; None: any."""
+    try:
+        local = ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        local = config.host == "localhost"
+    return [*LOCAL_NAMES, config.host, *config.allowed_hosts] if local or config.allowed_hosts else None
+
+
+def create_server(app: FastAPI) -> uvicorn.Server:
+    # by uvicorn, so that its own answers have the headers as well
+    headers = list(security(PAGE.read_text(encoding="utf-8")).items())
+    settings: dict[str, Any] = {"http": Connection, "ws": "none", "h11_max_incomplete_event_size": MAX_HEAD_BYTES}
+    settings |= {"headers": headers, "server_header": False, "log_level": "warning", "access_log": False}
+    return uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **settings))
+
+
+# --- the command
 
 
 def open_bases(config: Config) -> dict[str, RetrievalManager]:
@@ -236,6 +228,7 @@ def open_bases(config: Config) -> dict[str, RetrievalManager]:
         if name in managers:
             raise UserError(f"two knowledge bases are called {name!r}; rename one folder")
         managers[name] = RetrievalManager(config.retriever_type, path)
+        warm_up(managers[name])
     if not managers:
         raise UserError("give --knowledge_base FOLDER; python -m nanochat.retrieval builds one")
     return managers
@@ -271,7 +264,7 @@ def main() -> None:
     print0(f"{app.state.chat.name} over {', '.join(managers)}: {where} (API: {where}/v1)")
     if config.host not in ("127.0.0.1", "localhost", "::1") and not config.api_key:
         print0("anybody who reaches this address can use it: --api_key SECRET keeps others out")
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[sock])
+    create_server(app).run(sockets=[sock])
 
 
 if __name__ == "__main__":

@@ -142,8 +142,11 @@ def _html(path: Path, name: str) -> list[Text]:
 
 
 def _decode_html(path: Path) -> str:
+    import logging
+
     from bs4 import UnicodeDammit
 
+    logging.getLogger("bs4.dammit").setLevel(logging.ERROR)  # it warns of single bytes, and not in which file
     found = UnicodeDammit(path.read_bytes(), is_html=True).unicode_markup  # pages say their encoding themselves
     if found is None:
         raise UserError("has an encoding that is not known")

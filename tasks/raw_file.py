@@ -56,8 +56,9 @@ def _parse(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"{place}:{error.lineno}" if "\n" in text else place
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); is the file whole?") from None
-    except RecursionError:
-        raise UserError(f"{place}: not usable JSON (nested too deeply); is this the right file?") from None
+    except (RecursionError, ValueError):
+        what = "nested too deeply, or with a number of thousands of digits"
+        raise UserError(f"{place}: not usable JSON ({what}); is this the right file?") from None
     if "\\u" in text:  # escapes can spell half a surrogate pair, which no UTF-8 file can hold
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nanochat.common import UserError, quiet
 from nanochat.dsi.trie import constrained
+from nanochat.hf_tokenizer import OrdinaryText
 from nanochat.model.lm import HybridLM, ModelConfig
 from nanochat.tokenizer import Tokenizer
 
@@ -209,10 +210,11 @@ class QueryTokens:
         else:
             self.end, self.size = tokenizer.eos_token_id, len(tokenizer)
             self._before, self._behind = [], [tokenizer.eos_token_id]
+        self._text = tokenizer if self.own else OrdinaryText(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Ordinary text, not cut."""
-        return self.tokenizer.encode(text) if self.own else self.tokenizer.encode(text, add_special_tokens=False)
+        return self._text.encode(text)
 
     def __call__(self, query: str) -> list[int]:
         return [*self._before, *self.encode(query)[: self.max_tokens], *self._behind]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import UserError, atomic_write_text
+from nanochat.common import UserError, atomic_write_text, save_array
 from nanochat.kg.names import hashes_of, key, sorted_keys
 from nanochat.kg.triples import Facts
 
@@ -151,7 +151,7 @@ class Graph:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         for name in ARRAYS:
-            np.save(new / f"{name}.npy", getattr(self, name), allow_pickle=False)
+            save_array(new / f"{name}.npy", getattr(self, name))
         about = {"format": FORMAT, "facts": self.num_facts, "entities": len(self), "longest_name": self.longest_name}
         about["relations"] = self.relation_names
         atomic_write_text(new / "graph.json", json.dumps(about, ensure_ascii=False, indent=1))

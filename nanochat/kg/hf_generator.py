@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.common import UserError, quiet
+from nanochat.hf_tokenizer import OrdinaryText
 from nanochat.kg.closed_answers import ClosedAnswer, likeliest
 from nanochat.kg.hf_gates import ARGUMENT, MIXERS, check_mixers, lay_out, make_gates, positions, prepare
 from nanochat.model.fp8 import SMALLEST, fp8_config
@@ -50,9 +51,7 @@ class HFGenerator:
         self.width: int = self._lm.get_input_embeddings().embedding_dim
         self.bos: int | None = tokenizer.bos_token_id
         self.end, self._stops = _ends(self._lm, tokenizer)
-        self._special = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
-        if tokenizer.unk_token_id not in (self.bos, *self._stops):  # an unknown word, which controls nothing
-            self._special.discard(tokenizer.unk_token_id)
+        self._text = OrdinaryText(tokenizer, (self.bos, *self._stops))
         self.fact_marks = [], self.encode("\n")
         arguments = inspect.signature(self._lm.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"  # renamed in transformers 5.24
@@ -65,25 +64,8 @@ class HFGenerator:
         return self._lm.get_input_embeddings().weight.device
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text: what spells a special token becomes the tokens of its letters. Nothing is put before it."""
-        ids = []
-        for i in self._ordinary(text):
-            if i in self._special:  # a vocabulary that holds the spelling as a word
-                spelled = self.tokenizer.convert_ids_to_tokens(i)
-                ids += [j for letter in spelled for j in self._ordinary(letter) if j not in self._special]
-            else:
-                ids.append(i)
-        return ids
-
-    def _ordinary(self, text: str) -> list[int]:
-        """The tokenizer's own steps less its search for added tokens, which would find them in any text."""
-        fast = self.tokenizer.backend_tokenizer
-        if fast.normalizer is not None:
-            text = fast.normalizer.normalize_str(text)
-        words = [text]
-        if fast.pre_tokenizer is not None:
-            words = [word for word, _ in fast.pre_tokenizer.pre_tokenize_str(text)]
-        return [token.id for word in words for token in fast.model.tokenize(word)]
+        """Ordinary text, with nothing before it."""
+        return self._text.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, print0, save_array
 from nanochat.kg.coverage import Grounded, ground
 from nanochat.kg.documents import as_facts, fact_of
 from nanochat.kg.gnn import FactRetriever
@@ -93,8 +93,8 @@ class FactIndex:
 
     def save(self, directory: Path) -> None:
         self.graph.save(directory / "graph")
-        np.save(directory / "fact_rows.npy", self.rows)
-        np.save(directory / "fact_starts.npy", self.starts)
+        save_array(directory / "fact_rows.npy", self.rows)
+        save_array(directory / "fact_starts.npy", self.starts)
 
     @classmethod
     def load(cls, documents: Collection, directory: Path) -> FactIndex:

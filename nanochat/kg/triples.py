@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gzip
 import re
+import sys
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -116,8 +118,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str, tuple[str, str, str] | None]]
                 yield number, text, split(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except EOFError:
-        raise UserError(f"{path}: the file ends in the middle; fetch it again") from None
+    except (EOFError, zlib.error):
+        raise UserError(f"{path}: the file ends in the middle, or is damaged; fetch it again") from None
 
 
 def _format(text: str):
@@ -151,4 +153,7 @@ def _n_triple(text: str) -> tuple[str, str, str] | None:
 
 def _unescaped(found: re.Match) -> str:
     short, long, letter = found.groups()
-    return chr(int(short or long, 16)) if letter is None else _LETTERS.get(letter, letter)
+    if letter is not None:
+        return _LETTERS.get(letter, letter)
+    code = int(short or long, 16)
+    return "\ufffd" if code > sys.maxunicode or 0xD800 <= code <= 0xDFFF else chr(code)  # neither is a character

@@ -71,7 +71,10 @@ def read(path: Path, shape: tuple[int, int]) -> Any:
 
 
 def write(index: Any, path: Path) -> None:
-    _faiss().write_index(index, str(path))
+    try:
+        _faiss().write_index(index, str(path))
+    except RuntimeError as error:  # a full disk, say
+        raise OSError(f"{path.name} cannot be written: {error}") from None
 
 
 def nearest(

@@ -252,7 +252,11 @@ def write_jsonl(path: str | Path, records: Iterable[Document | dict[str, Any]]) 
             count += 1
             yield record.to_line() if isinstance(record, Document) else _line(record)
 
-    atomic_write_bytes(path, lines())
+    try:
+        atomic_write_bytes(path, lines())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); make room there, or give another place") from error
     return count
 
 

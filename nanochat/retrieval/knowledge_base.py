@@ -20,6 +20,7 @@ did not change are shared between versions by hard link. Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -71,8 +72,15 @@ class KnowledgeBase:
 
     @cached_property
     def documents(self) -> Collection:
-        with self._reading():
-            return Collection.load(self.directory)
+        with self.reading():
+            documents = Collection.load(self.directory)
+            # a writer may be removing this version: what is gone already must not look like what was never there
+            found = {s.directory.name: (s.living, len(s.dead)) for s in documents.segments}
+            if found != {name: (s["documents"], s["deleted"]) for name, s in self.manifest["segments"].items()}:
+                raise ValueError("its segments are not those of its manifest")
+            if self.manifest["embedding"] and any(s.embeddings is None for s in documents.segments):
+                raise ValueError("it has embeddings for some of its segments only")
+            return documents
 
     def retriever(self, retriever_type: str | None = None, embeds: bool = True, **settings: Any) -> Retriever:
         """The retriever that was built, or another that the base can give: simple and bm25 always, dense and hybrid if
@@ -90,7 +98,7 @@ class KnowledgeBase:
         if wanted in ("dense", "hybrid") and embeds:
             self._check_embedding_model(retriever)
         retriever.use(self.documents)
-        with self._reading():
+        with self.reading():
             retriever.load_beside(self.directory)
         return retriever
 
@@ -116,12 +124,14 @@ class KnowledgeBase:
 
     def verify(self) -> None:
         """Read every file and compare its checksum."""
-        for name, entry in self.manifest["files"].items():
-            if _sha256(self.directory / name) != entry["sha256"]:
-                raise UserError(_damaged(self.path, self.version, f"{name} does not have its checksum", self.manifest))
+        with self.reading():
+            for name, entry in self.manifest["files"].items():
+                if _sha256(self.directory / name) != entry["sha256"]:
+                    reason = f"{name} does not have its checksum"
+                    raise UserError(_damaged(self.path, self.version, reason, self.manifest))
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, KeyError, EOFError) as error:
@@ -134,7 +144,29 @@ class KnowledgeBase:
 
 def open_knowledge_base(path: str | Path, verify: bool = False) -> KnowledgeBase:
     """The live version. Sizes are checked always, checksums (which reads everything) with verify."""
+
+    def checked(knowledge_base: KnowledgeBase) -> KnowledgeBase:
+        if verify:
+            knowledge_base.verify()
+        return knowledge_base
+
+    return newest(path, checked)
+
+
+def newest(path: str | Path, use: Callable[[KnowledgeBase], Any]) -> Any:
+    """use(the live version). A slow reader may find the files of its version removed, two changes later: it begins
+    again, with the version that is live by then."""
     path = Path(path)
+    while True:
+        found = live_version(path)
+        try:
+            return use(_open(path))
+        except UserError:
+            if live_version(path) in (None, found):
+                raise
+
+
+def _open(path: Path) -> KnowledgeBase:
     if not path.exists():
         raise UserError(f"no knowledge base at {path}; build it: {_build_command(path)}")
     try:
@@ -143,20 +175,19 @@ def open_knowledge_base(path: str | Path, verify: bool = False) -> KnowledgeBase
         if _VERSION_NAME.fullmatch(path.resolve().name) and (path.resolve().parent / "CURRENT").exists():
             parent = path.resolve().parent
             raise UserError(f"{path} is one version of a knowledge base; give the base itself: {parent}") from None
+        if path.is_dir() and not os.listdir(path):
+            raise UserError(f"no knowledge base at {path}, which is empty; build it: {_build_command(path)}") from None
         if path.is_dir() and _is_half_built(path):
             raise UserError(f"the build of {path} was not finished; run it again: {_build_command(path)}") from None
         raise UserError(
             f"{path} is not a knowledge base (no CURRENT in it); build one elsewhere: {_build_command('NEW_DIRECTORY')}"
         ) from None
     if not _VERSION_NAME.fullmatch(version) or not (path / version).is_dir():
-        raise UserError(f"{path} is damaged (CURRENT names {version!r}); build it again: {_build_command(path)}")
+        raise UserError(_damaged(path, "CURRENT", f"it names {version!r}", {}))
     manifest = _read_manifest(path, version)
     if (reason := _missing_file(path / version, manifest)) is not None:
         raise UserError(_damaged(path, version, reason, manifest))
-    knowledge_base = KnowledgeBase(path, version, manifest)
-    if verify:
-        knowledge_base.verify()
-    return knowledge_base
+    return KnowledgeBase(path, version, manifest)
 
 
 def _read_manifest(path: Path, version: str) -> dict[str, Any]:
@@ -218,10 +249,12 @@ def _whole(path: Path, version: str) -> bool:
 
 def _missing_file(directory: Path, manifest: dict[str, Any]) -> str | None:
     for name, entry in manifest["files"].items():
-        file = directory / name
-        size = file.stat().st_size if file.is_file() else None
+        try:  # at once: a writer may remove it between two looks
+            size = (directory / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
         if size != entry["size"]:
-            return f"{name} is missing" if size is None else f"{name} has {size} bytes, not {entry['size']}"
+            return f"{name} has {size} bytes, not {entry['size']}"
     return None
 
 
@@ -280,8 +313,7 @@ def _fresh(path: Path, documents: Iterable[Document], retriever: Retriever) -> K
             hashed = retriever.embedding_info()["hash"]
             encode = EncodedOnce(retriever.encoding(), path / (_ENCODED + hashed[:16]), _same_model(path, hashed))
         made = write(retriever, lambda new_directory: retriever.add(documents, new_directory, encode))
-        for folder in path.glob(_ENCODED + "*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove_encoded(path)
         return made
 
 
@@ -298,6 +330,8 @@ def _same_model(path: Path, hashed: str) -> Collection | None:
 def rollback(path: str | Path) -> KnowledgeBase:
     """The version before the live one becomes live again, as a new version."""
     path = Path(path)
+    if not (path / "CURRENT").exists():  # says what is wrong, before what looks unfinished is removed
+        open_knowledge_base(path)
     with _writer(path):
         live = live_version(path)
         before = [name for name in _versions(path) if live is None or int(name[1:]) < int(live[1:])]
@@ -329,13 +363,27 @@ def _writer(path: Path) -> Iterator[Callable[..., KnowledgeBase]]:
             _remove_leftovers(path)
             try:
                 yield functools.partial(_write_version, path)
-            except BaseException:
+            except BaseException as error:
+                if _no_room(error):  # what was encoded so far would keep the disk full
+                    _remove_encoded(path)
                 if not existed and not list(path.glob(_ENCODED + "*")):
                     shutil.rmtree(path, ignore_errors=True)  # nothing was there, nothing stays
                 raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write the knowledge base {path} ({reason}); what was there is unchanged") from error
+        todo = "make room there" if _no_room(error) else "see to that"
+        raise UserError(
+            f"cannot write the knowledge base {path} ({reason}); what was there is unchanged: {todo}, and run it again"
+        ) from error
+
+
+def _no_room(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _remove_encoded(path: Path) -> None:
+    for folder in path.glob(_ENCODED + "*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(lock: Any, path: Path) -> None:
@@ -350,12 +398,16 @@ def _lock(lock: Any, path: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Unfinished builds, and versions that were finished but never became live."""
+    """Unfinished builds, and versions that were finished but never became live. Where CURRENT is there and cannot be
+    read, any of them may have been live."""
     live = live_version(path)
+    unknown = live is None and (path / "CURRENT").exists()
     for name in os.listdir(path):
-        orphan = _VERSION_NAME.fullmatch(name) and (live is None or int(name[1:]) > int(live[1:]))
+        orphan = _VERSION_NAME.fullmatch(name) and (live is None or int(name[1:]) > int(live[1:])) and not unknown
         if name.startswith(_BUILDING) or orphan:
             shutil.rmtree(path / name, ignore_errors=True)
+        elif name.startswith(".CURRENT."):
+            (path / name).unlink(missing_ok=True)
 
 
 def live_version(path: Path) -> str | None:
@@ -428,8 +480,8 @@ def _new_building(path: Path) -> Path:
 
 
 def _make_live(path: Path, building: Path) -> KnowledgeBase:
-    live = live_version(path)
-    version = f"v{int(live[1:]) + 1 if live else 1:04d}"
+    last = live_version(path) or max(_versions(path), key=lambda name: int(name[1:]), default="v0000")
+    version = f"v{int(last[1:]) + 1:04d}"
     for directory, _, files in os.walk(building):
         for name in files:
             file = Path(directory) / name
@@ -437,8 +489,13 @@ def _make_live(path: Path, building: Path) -> KnowledgeBase:
                 _flush(file)
         _flush(Path(directory))
     os.rename(building, path / version)
-    _flush(path)
-    atomic_write_text(path / "CURRENT", version + "\n")
+    try:
+        _flush(path)
+        atomic_write_text(path / "CURRENT", version + "\n")
+    except BaseException:
+        if live_version(path) != version:
+            shutil.rmtree(path / version, ignore_errors=True)
+        raise
     for old in _versions(path)[:-KEPT_VERSIONS]:
         shutil.rmtree(path / old, ignore_errors=True)
     return KnowledgeBase(path, version, _read_manifest(path, version))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,9 @@ class Terms:
     which postings have that number (spans: first and last posting, first and last run). Belongs to one collection."""
 
     def __init__(self, retriever: LexicalRetriever, collection: Collection):
-        self.collection, self.retriever = collection, retriever
+        self.collection = collection
+        # weakly, as it has this: in a circle, files of bases long replaced would stay open until the collector comes by
+        self.retriever = weakref.proxy(retriever)
         self.parts = [segment.postings for segment in collection.segments]
         self.dead = [segment.dead_terms for segment in collection.segments]
         self.N = len(collection)

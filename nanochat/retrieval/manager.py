@@ -20,7 +20,8 @@ from typing import Any
 from nanochat.common import UserError
 from nanochat.retrieval.create import ELSEWHERE, create_retriever
 from nanochat.retrieval.document import Document
-from nanochat.retrieval.knowledge_base import live_version, open_knowledge_base
+from nanochat.retrieval.knowledge_base import KnowledgeBase, live_version, newest
+from nanochat.retrieval.retriever import Retriever
 
 CACHED_QUERIES = 4096
 
@@ -62,8 +63,8 @@ class RetrievalManager:
                 "RetrievalManager needs a knowledge base (knowledge_base_path=...) or documents=[...]: one of them"
             )
         if path is not None:
-            self.knowledge_base = open_knowledge_base(path)
-            self.retriever = self.knowledge_base.retriever(retriever_type, **settings)
+            made = newest(path, lambda found: (found, found.retriever(retriever_type, **settings)))
+            self.knowledge_base, self.retriever = made
         else:
             self.retriever = create_retriever(retriever_type or "bm25", **settings)
             self.retriever.add(d if isinstance(d, Document) else Document.from_dict(d) for d in documents or ())
@@ -147,18 +148,19 @@ class RetrievalManager:
             self._looked = time.monotonic()
         if live_version(self.knowledge_base.path) in (None, self.version):
             return False
-        old, knowledge_base = self.knowledge_base, open_knowledge_base(self.knowledge_base.path)
-        same = all(
-            old.manifest[name] == knowledge_base.manifest[name] for name in ("retriever", "settings", "embedding")
-        )
-        if same:  # its embedding model need not be loaded again
-            retriever = self.retriever.over(knowledge_base.documents)
-            retriever.load_beside(knowledge_base.directory)
-        else:
-            retriever = knowledge_base.retriever(self._asked_type, **self.settings)
+        made = newest(self.knowledge_base.path, lambda found: (found, self._retriever_of(found)))
         with self._lock:
-            self.knowledge_base, self.retriever = knowledge_base, retriever
+            self.knowledge_base, self.retriever = made
         return True
+
+    def _retriever_of(self, knowledge_base: KnowledgeBase) -> Retriever:
+        old = self.knowledge_base.manifest
+        if any(old[name] != knowledge_base.manifest[name] for name in ("retriever", "settings", "embedding")):
+            return knowledge_base.retriever(self._asked_type, **self.settings)
+        retriever = self.retriever.over(knowledge_base.documents)  # its embedding model need not be loaded again
+        with knowledge_base.reading():
+            retriever.load_beside(knowledge_base.directory)
+        return retriever
 
     def augment_conversation(self, conversation: dict[str, Any], top_k: int = 5) -> dict[str, Any]:
         """A copy with the documents for the last user message put right before it."""

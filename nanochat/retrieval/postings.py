@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat.common import save_array
 from nanochat.retrieval import blocks
 from nanochat.retrieval.analysis import Analyzer
 
@@ -202,7 +203,7 @@ class Postings:
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for field in fields(self):
-            np.save(directory / f"{field.name}.npy", getattr(self, field.name))
+            save_array(directory / f"{field.name}.npy", getattr(self, field.name))
 
     @classmethod
     def load(cls, directory: Path) -> Postings:

@@ -10,12 +10,14 @@ fresh build from the living documents.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from nanochat.common import save_array, save_rows
 from nanochat.retrieval.analysis import Analyzer
 from nanochat.retrieval.document import Document
 from nanochat.retrieval.postings import Postings, hash64, load_array
@@ -78,13 +80,13 @@ class Segment:
         self.documents.save(directory)
         self.postings.save(directory / "postings")
         if self.embeddings is not None:
-            np.save(directory / "embeddings.npy", self.embeddings)
+            save_array(directory / "embeddings.npy", self.embeddings)
         self.save_dead(directory)
 
     def save_dead(self, directory: Path) -> None:
         if len(self.dead):
-            np.save(directory / "dead.npy", self.dead)
-            np.save(directory / "dead_terms.npy", np.stack(self.dead_terms))
+            save_array(directory / "dead.npy", self.dead)
+            save_array(directory / "dead_terms.npy", np.stack(self.dead_terms))
 
     @classmethod
     def load(cls, directory: Path) -> Segment:
@@ -152,23 +154,20 @@ def build_segment(
 
 
 def add_embeddings(segment: Segment, encode: Encode) -> None:
-    """Compute the embeddings of a segment's documents; into a mapped file if it has a directory."""
-    N, embeddings = len(segment), None
-    for start in range(0, N, ENCODED_AT_ONCE):
-        rows = range(start, min(start + ENCODED_AT_ONCE, N))
-        vectors = encode([dense_text(segment.documents[row]) for row in rows])
-        if embeddings is None:
-            shape = (N, vectors.shape[1])
-            if segment.directory is None:
-                embeddings = np.empty(shape, dtype=np.float32)
-            else:
-                file = segment.directory / "embeddings.npy"
-                embeddings = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-        embeddings[rows.start : rows.stop] = vectors
-    if isinstance(embeddings, np.memmap):
-        embeddings.flush()
-        embeddings = load_array(segment.directory / "embeddings.npy")
-    segment.embeddings = embeddings
+    """Compute the embeddings of a segment's documents; into a file, and mapped from it, if it has a directory."""
+    N = len(segment)
+    pieces = (range(start, min(start + ENCODED_AT_ONCE, N)) for start in range(0, N, ENCODED_AT_ONCE))
+    encoded = (encode([dense_text(segment.documents[row]) for row in rows]) for rows in pieces)
+    first = next(encoded)
+    shape, vectors = (N, first.shape[1]), itertools.chain([first], encoded)
+    if segment.directory is not None:
+        file = segment.directory / "embeddings.npy"
+        save_rows(file, shape, np.float32, vectors)
+        segment.embeddings = load_array(file)
+        return
+    segment.embeddings = np.empty(shape, dtype=np.float32)
+    for at, some in enumerate(vectors):
+        segment.embeddings[at * ENCODED_AT_ONCE :][: len(some)] = some
 
 
 def merge_segments(segments: Sequence[Segment], directory: Path | None = None) -> Segment:
@@ -190,5 +189,5 @@ def merge_segments(segments: Sequence[Segment], directory: Path | None = None) -
     if directory is not None:
         merged.postings.save(directory / "postings")
         if merged.embeddings is not None:
-            np.save(directory / "embeddings.npy", merged.embeddings)
+            save_array(directory / "embeddings.npy", merged.embeddings)
     return merged

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.common import UserError
+from nanochat.common import UserError, save_array
 from nanochat.retrieval.document import Document
 from nanochat.retrieval.postings import hash64, load_array
 
@@ -82,7 +82,7 @@ class DocumentStore:
     @cached_property
     def fields(self) -> dict[str, dict[tuple[bool, Any], list[int]]]:
         """name -> (whether it is a boolean, value) -> fields. Read when a filter first asks."""
-        pairs = json.loads(self._fields.read_bytes()) if isinstance(self._fields, Path) else self._fields
+        pairs = json.loads(self._fields[:]) if isinstance(self._fields, _File) else self._fields
         found: dict[str, dict[tuple[bool, Any], list[int]]] = {}
         for number, (name, value) in enumerate(pairs):
             found.setdefault(name, {}).setdefault((isinstance(value, bool), value), []).append(number)
@@ -99,7 +99,7 @@ class DocumentStore:
     def _save_rest(self, directory: Path) -> None:
         (directory / "fields.json").write_text(json.dumps(self._fields, ensure_ascii=False), encoding="utf-8")
         for name in _ARRAYS:
-            np.save(directory / f"{name}.npy", self.arrays[name])
+            save_array(directory / f"{name}.npy", self.arrays[name])
 
     @classmethod
     def load(cls, directory: Path) -> DocumentStore:
@@ -107,7 +107,7 @@ class DocumentStore:
         data = _File(directory / "documents.jsonl")
         if arrays["offsets"].ndim != 1 or len(arrays["offsets"]) == 0 or arrays["offsets"][-1] != len(data):
             raise ValueError(f"{directory / 'offsets.npy'} does not fit documents.jsonl")
-        return cls(data, arrays, directory / "fields.json", _File(directory / "offsets.npy"))
+        return cls(data, arrays, _File(directory / "fields.json"), _File(directory / "offsets.npy"))
 
 
 class StoreWriter:

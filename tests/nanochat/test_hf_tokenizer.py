@@ -8,7 +8,8 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.conversation import render, render_prompt
-from nanochat.hf_tokenizer import from_hf_tokenizer, to_hf_tokenizer
+from nanochat.dsi.model import QueryTokens
+from nanochat.hf_tokenizer import OrdinaryText, from_hf_tokenizer, to_hf_tokenizer
 from nanochat.tokenizer import Tokenizer
 
 pytest.importorskip("transformers")
@@ -120,3 +121,30 @@ def test_import_gives_the_same_tokenizer(tokenizer, exported, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer that was exported"):
         from_hf_tokenizer(tmp_path)
+
+
+def test_ordinary_text_for_tokenizers_of_others_never_controls():
+    """A T5-like one, whose own encode finds "</s>" in any text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.Unigram())
+    plain.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>")
+    plain.train_from_iterator(["the town of the river was built in 1987 by an old man </s> <extra_id_0>"] * 50, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<extra_id_0>"],
+    )
+    text = "the old town was built in 1987"
+    assert OrdinaryText(tokenizer).encode(text) == tokenizer.encode(text, add_special_tokens=False)
+    hostile = "old </s> man <extra_id_0><pad>"
+    controls = {tokenizer.convert_tokens_to_ids(name) for name in ("</s>", "<extra_id_0>", "<pad>")}
+    assert controls <= set(tokenizer.encode(hostile, add_special_tokens=False))
+    assert not controls & set(OrdinaryText(tokenizer).encode(hostile))
+    query = QueryTokens(tokenizer, "t5")(hostile)
+    assert query.count(tokenizer.eos_token_id) == 1 == query.index(tokenizer.eos_token_id) / (len(query) - 1)

@@ -24,11 +24,9 @@ from nanochat.tokenizer import SPECIAL_TOKENS
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
-import uvicorn  # noqa: E402
-
 from nanochat.citations import Source, find_passage  # noqa: E402
 from scripts._completions import annotate, describe  # noqa: E402
-from scripts.chat_web import Config, create_app, listen, open_bases  # noqa: E402
+from scripts.chat_web import Config, create_app, create_server, listen, open_bases  # noqa: E402
 
 JSON = {"Content-Type": "application/json"}
 QUESTION = "When was the bridge built?"
@@ -45,11 +43,10 @@ class Server:
     def __init__(self, config: Config, engine: Engine, managers: dict[str, RetrievalManager]):
         meta = {"model_tag": "tiny", "training_config": {"max_seq_len": 2000}}
         self.app = create_app(config, engine, meta, managers)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=self.port, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        sock = listen("127.0.0.1", 0)
+        self.port = sock.getsockname()[1]
+        self.server = create_server(self.app)
+        self.thread = threading.Thread(target=self.server.run, args=([sock],), daemon=True)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)

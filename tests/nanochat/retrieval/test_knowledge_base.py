@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanochat.common import UserError
-from nanochat.retrieval import Document, RetrievalManager
+from nanochat.retrieval import Document, RetrievalManager, knowledge_base
 from nanochat.retrieval.knowledge_base import (
     add_documents,
     add_embeddings,
@@ -347,75 +346,113 @@ def test_a_failed_first_build_leaves_nothing(tmp_path):
     assert not (tmp_path / "kb").exists()
 
 
-# --- kill -9
-
-KILLED = """
-    import os, signal, sys
-    path, number, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    calls = 0
-
-    def counted(name):
-        original = getattr(os, name)
-        def call(*args, **kwargs):
-            global calls
-            calls += 1
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-        setattr(os, name, call)
-
-    from nanochat.retrieval import collection, knowledge_base as kb
-    from nanochat.retrieval.document import Document
-    for name in ("fsync", "rename", "replace", "link"):
-        counted(name)
-    new = [Document(f"n{i}", "", "common new") for i in range(5)]
-    if what == "build":
-        kb.build_knowledge_base(new, path, "bm25")
-    elif what == "add":
-        kb.add_documents(path, new)
-    elif what == "merge":
-        collection.TIER = 2
-        kb.add_documents(path, new)
-    else:
-        kb.delete_documents(path, ["d0", "d1"])
-"""
+# --- readers beside writers
 
 
-def killed(path, number: int, what: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path), str(number), what])
+def test_a_base_that_is_replaced_while_it_is_opened_is_opened_anew(tmp_path, monkeypatch):
+    """A slow reader: between its first look and its reading, two changes remove what it looked at."""
+    build(tmp_path)
+    look, changes = knowledge_base._open, iter([["d1"], ["d2"], ["d3"], ["d4"]])
+
+    def slowly(path):
+        found = look(path)
+        for ids in itertools.islice(changes, 2):
+            with monkeypatch.context() as at_once:
+                at_once.setattr(knowledge_base, "_open", look)
+                delete_documents(path, ids)
+        return found
+
+    monkeypatch.setattr(knowledge_base, "_open", slowly)
+    manager = RetrievalManager(knowledge_base_path=tmp_path)
+    assert (len(manager), manager.version) == (4, "v0005")
+    monkeypatch.setattr(knowledge_base, "_open", look)
+    delete_documents(tmp_path, ["d5"])
+    changes = iter([["d6"], ["d7"]])
+    monkeypatch.setattr(knowledge_base, "_open", slowly)
+    assert manager.refresh(now=True) and (len(manager), manager.version) == (1, "v0008")
+    assert [document.id for document in manager.retrieve("common")] == ["d0"]
 
 
-@pytest.mark.parametrize("what", ["build", "add", "delete", "merge"])
-def test_killed_changes_keep_the_old_base(tmp_path, what):
-    """Killed before the first call that makes something durable, the second, ..., until one gets through."""
-    old, new = [f"d{n}" for n in range(8)], [f"n{n}" for n in range(5)]
-    after = {"build": new, "add": old + new, "merge": old + new, "delete": old[2:]}[what]
-    kills = 0
-    for number in range(1, 200):
-        if kills == 0 or ids(tmp_path / "kb") != old:
-            build(tmp_path / "kb")
-        done = killed(tmp_path / "kb", number, what)
-        found = ids(tmp_path / "kb")
-        if done.returncode == 0:
-            assert found == after
-            break
-        assert done.returncode == -signal.SIGKILL
-        kills += 1
-        assert found in (old, after)
-    else:
-        pytest.fail("no change got through")
-    assert kills >= 10
-    assert not [name for name in os.listdir(tmp_path / "kb") if name.startswith(".building-")]
+def test_a_file_that_is_removed_while_it_is_looked_at_is_missing(tmp_path, monkeypatch):
+    build(tmp_path)
+    look, gone = Path.stat, []
+
+    def stat(path, **settings):
+        if path.name == "codes.npy":
+            gone.append(path)
+            if len(gone) == 2:  # there at the first look
+                path.unlink()
+        return look(path, **settings)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    open_knowledge_base(tmp_path)
+    with pytest.raises(UserError, match=r"codes\.npy is missing"):
+        open_knowledge_base(tmp_path)
 
 
-def test_killed_first_build_is_told_as_half_built(tmp_path):
-    path = tmp_path / "kb"
-    done = killed(path, 3, "build")
-    assert done.returncode == -signal.SIGKILL
-    with pytest.raises(UserError, match=r"not finished; run it again"):
-        open_knowledge_base(path)
-    build(path)
-    assert len(ids(path)) == 8 and sorted(os.listdir(path)) == [".lock", "CURRENT", "v0001"]
+def test_an_old_reader_can_begin_to_filter(tmp_path):
+    new = [Document(f"d{n}", "", "common", metadata={"even": n % 2 == 0}) for n in range(8)]
+    old = build_knowledge_base(new, tmp_path, "bm25").retriever()
+    for id in ("d0", "d1"):
+        delete_documents(tmp_path, [id])
+    assert {document.id for document in old.search(["common"], 10, {"even": True})[0]} == {"d0", "d2", "d4", "d6"}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="/proc says which files are open")
+@pytest.mark.parametrize("retriever_type", TYPES)
+def test_files_of_a_base_are_closed_with_it(tmp_path, retriever_type):
+    """At once, not when the garbage collector comes by: a server opens every version."""
+    build(tmp_path, retriever_type)
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            ids(tmp_path, **encoder_for(retriever_type))
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
+
+
+# --- writers that fail on the way
+
+
+def test_a_version_that_cannot_be_named_is_removed(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    build(tmp_path)
+    monkeypatch.setattr(knowledge_base, "atomic_write_text", full)
+    with pytest.raises(UserError, match=r"No space left on device.*make room there, and run it again"):
+        delete_documents(tmp_path, ["d1"])
+    assert sorted(os.listdir(tmp_path)) == [".lock", "CURRENT", "v0001"] and len(ids(tmp_path)) == 8
+
+
+def test_a_full_disk_is_not_kept_full_by_what_was_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat.retrieval.segment.ENCODED_AT_ONCE", 3)
+
+    class Full(Encoder):
+        def encode(self, texts):
+            if "word6" in texts[0]:
+                assert list((tmp_path / "kb").glob(".encoded-*"))
+                raise OSError(28, "No space left on device")
+            return super().encode(texts)
+
+    with pytest.raises(UserError, match="No space left"):
+        build_knowledge_base(documents(), tmp_path / "kb", "dense", encoder=Full())
+    assert not (tmp_path / "kb").exists()
+
+
+def test_a_damaged_current_loses_no_version(tmp_path):
+    build(tmp_path)
+    delete_documents(tmp_path, ["d1"])
+    (tmp_path / "CURRENT").write_bytes(b"\0\0\0\0\0")
+    with pytest.raises(UserError, match=r"CURRENT.*go back to v0002: .* rollback .*or build it again"):
+        open_knowledge_base(tmp_path)
+    assert rollback(tmp_path).version == "v0003" and len(ids(tmp_path)) == 7
+    (tmp_path / "CURRENT").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        rollback(tmp_path)
+    assert {"v0002", "v0003"} <= set(os.listdir(tmp_path))
 
 
 # --- the manager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +18,8 @@ from nanochat.common import UserError
 from nanochat.retrieval import Document, RetrievalManager
 from nanochat.retrieval.client import RetrievalClient
 from nanochat.retrieval.knowledge_base import add_documents, build_knowledge_base, delete_documents
-from nanochat.retrieval.serve import Server
+from nanochat.retrieval.serve import LARGEST_REQUEST, Server
+from nanochat.tokenizer import SPECIAL_TOKENS
 
 TEXTS = ["the café", "привет мир", "東京は大きい", "common words", "common words", "common rare"]
 DOCUMENTS = [Document(f"d{n}", f"T{n}", text, "", {"n": n}) for n, text in enumerate(TEXTS)]
@@ -126,6 +130,267 @@ def test_the_command_serves_until_it_is_stopped(tmp_path):
     finally:
         process.terminate()
         process.wait()
+
+
+# --- slow clients, strange ones, and those that come from a web page
+
+
+PATIENCE = 0.5
+LONG = Document("long", "", "longword " + "filler " * 600_000)
+SECRET = "xylophon"
+
+
+@pytest.fixture(scope="module")
+def long_manager() -> RetrievalManager:
+    return RetrievalManager("bm25", documents=[*DOCUMENTS, LONG])
+
+
+@pytest.fixture
+def impatient(long_manager):
+    """A server that has two places and half a second."""
+    server = Server(long_manager, "127.0.0.1", 0, most_connections=2, patience=PATIENCE)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@contextlib.contextmanager
+def dialled(server: Server):
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", server.server_port))
+        yield client
+
+
+def everything(client: socket.socket) -> bytes:
+    """What comes until the server hangs up."""
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := client.recv(65536):
+            answer += piece
+    return answer
+
+
+POST = b"POST /search HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "drip"),
+    [
+        (b"", b""),  # nothing at all
+        (b"GET /health HTTP/1.1\r\n", b""),
+        (b"GET /health HTTP/1.1\r\nX: ", b"x"),
+        (POST + b"Content-Length: 1000\r\n\r\n{", b""),
+        (POST + b"Content-Length: 1000\r\n\r\n{", b" "),
+        (b"GET /health HTTP/1.1\r\n\r\n", b""),  # answered, and nothing more comes
+        (b"GET /health HTTP/1.1\r\n\r\n", b"G"),
+    ],
+)
+def test_who_is_slow_to_ask_is_left(impatient, start, drip):
+    with dialled(impatient) as client:
+        client.sendall(start)
+        client.settimeout(0.1)
+        began = time.monotonic()
+        while time.monotonic() < began + 10:
+            with contextlib.suppress(TimeoutError, BrokenPipeError):
+                client.sendall(drip)
+                try:
+                    if not client.recv(1000):
+                        break
+                except ConnectionError:
+                    break
+        assert PATIENCE * 0.9 < time.monotonic() - began < 8
+
+
+def test_who_does_not_read_gives_its_place_back(impatient):
+    body = b'{"queries": ["longword"]}'
+    with dialled(impatient) as first, dialled(impatient) as second:
+        for client in (first, second):
+            client.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert client.recv(12) == b"HTTP/1.1 200"
+        with dialled(impatient) as third:
+            answer = everything(third)
+            assert answer.startswith(b"HTTP/1.1 503") and b"too many connections" in answer
+        with pytest.raises(UserError, match="too many connections"):
+            RetrievalClient(f"http://127.0.0.1:{impatient.server_port}").search(["rare"])
+        time.sleep(PATIENCE + 0.2)
+        until = time.monotonic() + 8
+        while True:
+            with contextlib.suppress(UserError):
+                (found,) = RetrievalClient(f"http://127.0.0.1:{impatient.server_port}").search(["rare"])
+                break
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert found[0].id == "d5"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    "length",
+    [
+        f"Content-Length: {LARGEST_REQUEST + 1}",
+        "Content-Length: " + "9" * 5000,
+        "Content-Length: -1",
+        "Content-Length: 1_0",
+        "Transfer-Encoding: chunked",
+        "Transfer-Encoding: chunked\r\nContent-Length: 2",
+    ],
+)
+def test_a_body_of_no_good_length_is_not_read(impatient, method, length):
+    """Nor taken for the next request."""
+    path = "/search" if method == "POST" else "/health"
+    with dialled(impatient) as client:
+        client.sendall(f"{method} {path} HTTP/1.1\r\n{length}\r\n\r\nGET /stats HTTP/1.1\r\n\r\n".encode())
+        answer = everything(client)
+    status = b"HTTP/1.1 400" if method == "POST" else b"HTTP/1.1 200"
+    assert answer.startswith(status) and answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
+        (b"<script>alert(1)</script>\r\n\r\n", 400),
+        (b"GET /health HTTP/9.9\r\n\r\n", 505),
+        (b"OPTIONS /search HTTP/1.1\r\nOrigin: https://evil.example\r\n\r\n", 501),
+        (b"DELETE /search HTTP/1.1\r\n\r\n", 501),
+        (b"GET /health HTTP/1.1\r\nOrigin: https://evil.example\r\n\r\n", 403),
+        (POST + b"Origin: null\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}", 403),
+        (b"GET /stats HTTP/1.1\r\nHost: evil.example:8090\r\n\r\n", 403),
+        (b"GET /stats HTTP/1.1\r\nHost: [\r\n\r\n", 403),
+    ],
+)
+def test_what_it_refuses_it_refuses_as_it_answers(impatient, head, status):
+    with dialled(impatient) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(head)
+        answer = everything(client)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d" % status) and b"Connection: close" in head
+    assert b"nosniff" in head and b"Access-Control" not in head and b"Python" not in head
+    assert set(json.loads(body)) == {"error"} and b"<" not in body
+
+
+def test_names_of_this_machine(served, tmp_path):
+    for host in ("localhost", "localhost:1", "127.0.0.1:8090", "[::1]:8090"):
+        assert ask(served[0], "GET", "/health", headers={"Host": host})[0] == 200
+    for host in ("evil.example", "localhost.evil.example"):
+        assert ask(served[0], "POST", "/delete", b'{"ids": ["d1"]}', {"Host": host})[0] == 403
+    assert len(served[0]) == 6
+    server = Server(RetrievalManager(knowledge_base_path=served[1]), "0.0.0.0", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = RetrievalClient(f"http://127.0.0.1:{server.server_port}")
+    assert ask(client, "GET", "/health", headers={"Host": "other-machine:8090"})[0] == 200
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_fails_is_told_to_the_one_who_asked(served, monkeypatch, capfd):
+    def broken(*args):
+        raise FileNotFoundError(SECRET)
+
+    monkeypatch.setattr(RetrievalManager, "search_with_version", broken)
+    status, answer = ask(served[0], "POST", "/search", b'{"queries": ["x"]}')
+    assert status == 500 and SECRET in answer["error"]
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_all_is_compiled_before_anybody_asks(tmp_path, monkeypatch):
+    numba = pytest.importorskip("numba")
+    compiled = []
+    from nanochat.retrieval import scoring
+
+    best = scoring.best
+    monkeypatch.setattr(scoring, "best", lambda *args: compiled.append(args[-1]) or best(*args))
+    build_knowledge_base(DOCUMENTS, tmp_path / "kb", "bm25")
+    manager = RetrievalManager(knowledge_base_path=tmp_path / "kb")
+    server = Server(manager, "127.0.0.1", 0)
+    server.server_close()
+    assert numba and compiled and all(compiled)
+    compiled.clear()
+    manager.retrieve("rare")
+    assert compiled == [True]
+
+
+def test_nothing_that_is_asked_is_logged(tmp_path):
+    """The command's whole output, after questions, mistakes and strange requests."""
+    build_knowledge_base([*DOCUMENTS, Document(SECRET, SECRET, SECRET)], tmp_path / "kb", "bm25")
+    command = [sys.executable, "-m", "nanochat.retrieval", "serve", "--knowledge_base", tmp_path / "kb", "--port", "0"]
+    process = subprocess.Popen(
+        [*map(str, command), "--allow_changes", "true"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        first = process.stdout.readline()
+        client = RetrievalClient(first.split()[-1])
+        assert client.search([SECRET])[0][0].id == SECRET
+        assert client.get([SECRET, f"no {SECRET}"])[1] is None
+        client.add([Document(f"new {SECRET}", "", SECRET)])
+        for wrong in (lambda: client.delete([f"no {SECRET}"]), lambda: client.search(["x"], where={SECRET: {"x": 1}})):
+            with pytest.raises(UserError):
+                wrong()
+        place = client.url.split("//")[1].rsplit(":", 1)
+        for strange in (f"GET /{SECRET} HTTP/1.1\r\n\r\n", f"{SECRET}\r\n\r\n", f"{SECRET} / HTTP/1.1\r\n\r\n", "{"):
+            with socket.create_connection((place[0], int(place[1])), timeout=20) as connection:
+                connection.sendall(strange.encode())
+                connection.shutdown(socket.SHUT_WR)
+                everything(connection)
+        with socket.create_connection((place[0], int(place[1])), timeout=20) as connection:
+            body = json.dumps({"queries": [SECRET] * 1000, "top_k": 100}).encode()
+            connection.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # leaves without a word
+        assert client.search([SECRET])[0]
+    finally:
+        process.terminate()
+        rest, _ = process.communicate(timeout=20)
+    assert SECRET not in first + rest and "Traceback" not in rest, rest
+
+
+def test_spellings_of_control_tokens_in_queries(tmp_path, monkeypatch, make_model, small_tokenizer):
+    """Of a base that our own model searches and orders: it reads the control tokens of the structure alone."""
+    pytest.importorskip("torch")
+    from nanochat.checkpoint_manager import checkpoint_root, save_checkpoint
+    from nanochat.model.lm import HybridLM
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    for source in ("embed", "rag"):
+        model = make_model(small_tokenizer.vocab_size)
+        save_checkpoint(checkpoint_root(source, "tiny"), 1, model, small_tokenizer, {"training_config": {"cite": True}})
+    build_knowledge_base(DOCUMENTS, tmp_path / "kb", "hybrid", model="self", rerank="self", rerank_candidates=2)
+    server = Server(RetrievalManager(knowledge_base_path=tmp_path / "kb"), "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = RetrievalClient(f"http://127.0.0.1:{server.server_port}")
+    first_special = min(small_tokenizer.special_id(name) for name in SPECIAL_TOKENS)
+    read: list[list[int]] = []
+    forward = HybridLM.forward
+
+    def noted(self, tokens, *args, **kwargs):
+        read.extend(row.tolist() for row in tokens)
+        return forward(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(HybridLM, "forward", noted)
+
+    def control(query: str) -> list[list[int]]:
+        read.clear()
+        client.search([query], 2)
+        assert len(read) >= 2 and any(query in small_tokenizer.decode(row) for row in read)
+        return sorted([token for token in row if token >= first_special] for row in read)
+
+    plain = control("zzz qqq")
+    for name in [*SPECIAL_TOKENS, "".join(SPECIAL_TOKENS)]:
+        assert control(name) == plain, name
+        with pytest.raises(UserError, match="id"):
+            client.score("x", [name])
+        assert client.get([name]) == [None]
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_manager_sees_new_versions_within_a_second(tmp_path):
