@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench._ranks import REPOSITORY, Runs, kill_a_rank, ranks_of
-from bench.faults import checkpoint_kills
+from bench.faults_training import checkpoint_kills
 from nanochat.checkpoint_manager import list_steps, load_checkpoint
 
 STEPS = 40
