@@ -78,6 +78,10 @@ class RetrievalClient:
             raise UserError(f"{self.url}: {reason}") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
+            if isinstance(reason, (BrokenPipeError, ConnectionResetError)):  # before it has read what was sent
+                raise UserError(
+                    f"{self.url} has closed the connection ({reason}): it may have too many connections; try again"
+                ) from None
             raise UserError(
                 f"no retrieval server answers at {self.url} ({reason}); start one: "
                 "python -m nanochat.retrieval serve --knowledge_base DIRECTORY"

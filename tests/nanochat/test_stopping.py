@@ -117,16 +117,18 @@ def test_the_examples_of_a_step_are_those_of_its_batch():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step(start, tmp_path, number):
+    before = signal.getsignal(signal.SIGINT)  # nothing, where the tests run in the background
     with pytest.raises(Stopped, match=rf"{number.name} after step 6 of 12: saved") as stopped:
         start(At(lambda: os.kill(os.getpid(), number), 6))
     # the batch is asked for before anybody looks whether to stop: step 6 was not taken
     assert stopped.value.exit_status == 128 + number
     assert list_steps(tmp_path) == [4, 6]
     assert load_checkpoint(tmp_path)[2]["phase_steps"] == [6]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_signal_ends_it_at_once_but_not_torchruns_echo(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     clock = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
     with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
@@ -135,6 +137,7 @@ def test_a_second_signal_ends_it_at_once_but_not_torchruns_echo(monkeypatch):
         assert stop.number == signal.SIGINT
         clock[0] += 10
         os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_last_and_the_best_are_kept(start, tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
+from nanochat.hf_tokenizer import OrdinaryText
 from nanochat.kg.hf_gates import Gates, gated_step, lay_out, make_gates, positions, weighted_attention
 
 pytest.importorskip("transformers")
@@ -306,8 +307,7 @@ def test_words_of_the_vocabulary_that_spell_control_are_taken_apart(saved, tmp_p
     inner = Tokenizer(models.WordLevel(words, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     generator = load(saved("llama"))
-    generator.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
-    generator._special = {5}
+    generator._text = OrdinaryText(PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>"))
     assert generator.encode("a <s> b") == [4, 1, 2, 3, 0]
 
 
