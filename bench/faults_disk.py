@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.common import print_figures
+from bench.common import on_small_disk, print_figures
 from bench.faults_kb import HashEncoder, State, holdings
 from nanochat.common import UserError, run_main
 from nanochat.config import load_config
@@ -147,24 +147,10 @@ def ensure(is_so: bool, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
-def mounted(arguments: list[str]) -> int:
-    """This program on a disk of its own; its exit status."""
-    if shutil.which("unshare") is None:
-        raise UserError("cannot mount a small disk: there is no unshare; give one with --disk")
-    with tempfile.TemporaryDirectory() as disk:
-        script = f"mount -t tmpfs -o size=600k none '{disk}' || exit 3; exec \"$@\""
-        call = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
-        call += [sys.executable, "-m", "bench.faults_disk", "--disk", disk, *arguments]
-        able = subprocess.run([*call[:5], script.replace('exec "$@"', "exit 0")], capture_output=True, text=True)
-        if able.returncode:
-            raise UserError(f"cannot mount a small disk ({able.stderr.strip()}); give one with --disk")
-        return subprocess.run(call).returncode
-
-
 def main() -> None:
     config = load_config(Config)
     if config.disk is None:
-        sys.exit(mounted(sys.argv[1:]))
+        sys.exit(on_small_disk("600k", "bench.faults_disk", sys.argv[1:]))
     figures: dict[str, float] = {f"refused_{what}": refusals(config.disk, what) for what in CHANGES}
     figures["refused_commands"] = commands(config.disk)
     print_figures(figures, config.json)

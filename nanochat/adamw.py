@@ -30,7 +30,7 @@ from nanochat.parallel import (
 )
 from nanochat.report import write_report
 from nanochat.run_log import RunLog
-from nanochat.stopping import FiniteCheck, StopSignal, examples_of, told_to_stop
+from nanochat.stopping import FiniteCheck, StopSignal, told_to_stop
 from nanochat.training import Phase, TrainConfig, lr_scale, score_by
 
 
@@ -133,7 +133,7 @@ def train(
             sum_over_ranks(loss_sum, compute)
             norm = clip_gradients(optimizers.names, config.grad_clip, compute)
             scale = phase.lr * lr_scale(config, step, max(step / num_steps, elapsed / limit))
-            if finite.passes(step, phase.name, loss_sum.item(), norm, examples_of(batches, step - done)):
+            if finite.passes(step, phase.name, loss_sum.item(), norm, batches, step - done):
                 optimizers.set_lr_scale(scale)
                 optimizers.step()
             optimizers.zero_grad()

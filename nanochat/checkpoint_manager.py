@@ -13,7 +13,6 @@ Sources are the stages of training: base, mid, rag, refrag, refrag_rl, agent_sft
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, flush, get_base_dir, sha256_of
 from nanochat.model.lm import HybridLM, ModelConfig
 from nanochat.model.lora import has_lora, merged, save_adapter
 from nanochat.tokenizer import Tokenizer
@@ -88,14 +87,6 @@ def _of_step(root: Path, step: int) -> Path:
     return new if (new / MARKER).exists() else root / _step_name(step)
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def save_checkpoint(
     root: Path,
     step: int,
@@ -141,21 +132,21 @@ def commit(root: Path, step: int, write: Callable[[Path], None], meta: dict, kee
         for file in temporary.rglob("*"):
             if file.is_file():  # safetensors makes files that nobody else may read
                 file.chmod(temporary.stat().st_mode & 0o666)
-            _fsync(file)
+            flush(file)
         mark_complete(temporary)
-        _fsync(temporary)
+        flush(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # what was written of it keeps the disk full
         raise UserError(f"cannot write {root / _step_name(step)} ({_reason(error)}); {_last(root)}") from error
     final = root / _step_name(step)
     if final.exists():
         new = temporary.rename(root / (final.name + _NEW))
-        _fsync(root)
+        flush(root)
         _remove(final)
         new.rename(final)
     else:
         temporary.rename(final)
-    _fsync(root)
+    flush(root)
     steps = list_steps(root)
     kept = [s for s in steps if s <= step][-keep:]
     for old in set(steps) - set(kept):
@@ -174,11 +165,7 @@ def mark_complete(directory: Path) -> None:
 
 
 def _entry(file: Path) -> dict:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def verify(directory: Path, without: Collection[str] = ()) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import logging
 import os
 import random
@@ -210,12 +211,26 @@ def atomic_write_bytes(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself must reach the disk too; other systems cannot open a directory
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    flush(target.parent)  # the rename itself must reach the disk too
+
+
+def flush(path: Path) -> None:
+    """A file or a directory to disk, now: a rename must not arrive there before what it names."""
+    if path.is_dir() and os.name != "posix":
+        return  # other systems cannot open a directory
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

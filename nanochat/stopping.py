@@ -58,12 +58,13 @@ class FiniteCheck:
         self.on_nan, self.run_dir = on_nan, run_dir
         self._in_a_row = 0
 
-    def passes(self, step: int, phase: str, loss: float, norm: float, examples: Sequence[int]) -> bool:
-        """Whether the step may be taken. examples: what is in its batch, by number."""
+    def passes(self, step: int, phase: str, loss: float, norm: float, batches: Any, at: int) -> bool:
+        """Whether the step may be taken. batches, at: where its batch came from, to name the examples in it."""
         if math.isfinite(loss) and math.isfinite(norm):
             self._in_a_row = 0
             return True
         self._in_a_row += 1
+        examples: Sequence[int] = batches.examples(at) if hasattr(batches, "examples") else ()
         shown = ", ".join(map(str, examples[:8])) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
         what = f"step {step} ({phase}{', examples ' if shown else ''}{shown}): loss {loss}, gradient norm {norm}"
         if self.on_nan == "skip" and self._in_a_row <= MOST_SKIPPED:
@@ -79,15 +80,10 @@ class FiniteCheck:
         )
 
 
-def examples_of(batches: Any, step: int) -> list[int]:
-    """Numbers of the examples in a step's batch, where its source can say."""
-    return batches.examples(step) if hasattr(batches, "examples") else []
-
-
 def told_to_stop(stop: StopSignal, learned: int, compute: Compute) -> tuple[float, bool]:
     """(tokens learned by all ranks in this step, whether any of them was told to stop): one sum, so that all agree."""
-    kind = torch.float32 if compute.device.type == "mps" else torch.float64
-    sums = torch.tensor([learned, bool(stop.number)], dtype=torch.float64).to(compute.device, kind)
-    if compute.world_size > 1:
-        dist.all_reduce(sums)
+    if compute.world_size == 1:
+        return learned, bool(stop.number)
+    sums = torch.tensor([learned, bool(stop.number)], dtype=torch.float64).to(compute.device)
+    dist.all_reduce(sums)
     return sums[0].item(), sums[1].item() > 0

@@ -39,7 +39,7 @@ from nanochat.parallel import (
 )
 from nanochat.report import write_report
 from nanochat.run_log import RunLog
-from nanochat.stopping import FiniteCheck, StopSignal, examples_of, told_to_stop
+from nanochat.stopping import FiniteCheck, StopSignal, told_to_stop
 from nanochat.tokenizer import Tokenizer
 
 
@@ -330,7 +330,7 @@ def train(
             loss_value = loss_sum.item()
             weights = [p for module in modules for p in module.parameters()]
             norm = clip_gradients(weights, config.grad_clip, compute)
-            fine = finite.passes(step, phase.name, loss_value, norm, examples_of(batches, taken[phase_index]))
+            fine = finite.passes(step, phase.name, loss_value, norm, batches, taken[phase_index])
             try:
                 more = phase.figures() if phase.figures else {}
             except UserError:

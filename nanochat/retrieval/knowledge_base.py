@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -36,7 +35,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, atomic_write_text
+from nanochat.common import UserError, atomic_write_text, flush, sha256_of
 from nanochat.retrieval import ann
 from nanochat.retrieval.collection import Collection, NewDirectory
 from nanochat.retrieval.create import RETRIEVER_TYPES, TEXT_SETTINGS, create_retriever, setting_names
@@ -126,7 +125,7 @@ class KnowledgeBase:
         """Read every file and compare its checksum."""
         with self.reading():
             for name, entry in self.manifest["files"].items():
-                if _sha256(self.directory / name) != entry["sha256"]:
+                if sha256_of(self.directory / name) != entry["sha256"]:
                     reason = f"{name} does not have its checksum"
                     raise UserError(_damaged(self.path, self.version, reason, self.manifest))
 
@@ -486,11 +485,11 @@ def _make_live(path: Path, building: Path) -> KnowledgeBase:
         for name in files:
             file = Path(directory) / name
             if file.stat().st_nlink == 1:  # a shared one was flushed when it was written
-                _flush(file)
-        _flush(Path(directory))
+                flush(file)
+        flush(Path(directory))
     os.rename(building, path / version)
     try:
-        _flush(path)
+        flush(path)
         atomic_write_text(path / "CURRENT", version + "\n")
     except BaseException:
         if live_version(path) != version:
@@ -524,27 +523,8 @@ def _entries(building: Path, live: Path | None, old_files: dict[str, dict[str, A
     for file in sorted(file for file in building.rglob("*") if file.is_file()):
         name = file.relative_to(building).as_posix()
         shared = live is not None and name in old_files and (live / name).is_file() and file.samefile(live / name)
-        entries[name] = old_files[name] if shared else {"size": file.stat().st_size, "sha256": _sha256(file)}
+        entries[name] = old_files[name] if shared else {"size": file.stat().st_size, "sha256": sha256_of(file)}
     return entries
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """To disk, now: a rename must not arrive there before what it names."""
-    if path.is_dir() and os.name != "posix":
-        return  # other systems cannot open a directory
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:
